@@ -10,8 +10,29 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod access_log;
+pub mod balance;
 pub mod certificate;
+mod buffer;
+mod clock;
+pub mod config;
+mod conn;
+pub mod endpoint;
+mod http;
+mod listener;
+pub mod metrics;
+mod proxy;
+pub mod router;
+pub mod split;
 pub mod table;
+mod timer;
+pub mod tls;
+mod upstream;
+pub mod view;
+mod worker;
 
 pub use certificate::Certificate;
+pub use config::Config;
+pub use proxy::{Proxy, StartError};
+pub use router::{Publisher, Router, Routes};
 pub use table::RoutingTable;
