@@ -10,7 +10,10 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod access_log;
 pub mod certificate;
+pub mod clock;
+pub mod metrics;
 pub mod table;
 
 pub use certificate::Certificate;
