@@ -10,8 +10,15 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod balance;
 pub mod certificate;
+pub mod endpoint;
+pub mod metrics;
+pub mod router;
+pub mod split;
 pub mod table;
+pub mod view;
 
 pub use certificate::Certificate;
+pub use router::{Live, Publisher, Router, Routes, routes};
 pub use table::RoutingTable;
