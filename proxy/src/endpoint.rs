@@ -136,8 +136,10 @@ impl LiveEndpoint {
         let duration = policy.base_ms.checked_shl(doublings).filter(|d| d >> doublings == policy.base_ms);
         let duration = duration.unwrap_or(u64::MAX).min(policy.max_ms);
         // Of workers that fail at the same time one ejects.
-        let ejected =
-            self.ejected_until.compare_exchange(until, now_ms.saturating_add(duration), Relaxed, Relaxed).is_ok();
+        let ejected = self
+            .ejected_until
+            .compare_exchange(until, now_ms.saturating_add(duration), Relaxed, Relaxed)
+            .is_ok();
         if ejected {
             self.failures.fetch_add(ONE_EJECTION, Relaxed);
         }

@@ -44,9 +44,8 @@ fn apportion(weights: &[u64], seats: u64) -> Vec<u64> {
         .map(|index| ((exact(index) / total) as u64).max(u64::from(weights[index] > 0)))
         .collect();
     // Positive: has more than its exact share, in 1/total seats.
-    let surplus = |counts: &[u64], index: usize| {
-        (u128::from(counts[index]) * total) as i128 - exact(index) as i128
-    };
+    let surplus =
+        |counts: &[u64], index: usize| (u128::from(counts[index]) * total) as i128 - exact(index) as i128;
     let mut sum: u64 = counts.iter().sum();
     let mut neediest: Vec<usize> = (0..weights.len()).filter(|index| weights[*index] > 0).collect();
     neediest.sort_by_key(|index| surplus(&counts, *index));
@@ -92,20 +91,14 @@ mod tests {
             (&[1, 1, 2], &[1, 1, 2]),
             (&[50, 30, 0, 20], &[5, 3, 0, 2]),
             (&[1, 1, 1], &[334, 333, 333]),
-            (&[3, 2, 2], &[429, 286, 285]),
+            (&[3, 2, 2], &[428, 286, 286]),
             (&[1_000_000, 1, 1], &[998, 1, 1]),
         ];
         for (weights, expected) in cases {
             let cycle = of_backends(weights);
             assert!(1_000_usize.is_multiple_of(cycle.len()), "{weights:?}");
             let counts: Vec<u64> = (0..weights.len()).map(|i| count(&cycle, i as u8)).collect();
-            let sum: u64 = counts.iter().sum();
-            assert_eq!(sum, expected.iter().sum::<u64>(), "{weights:?}");
-            let mut sorted = counts.clone();
-            let mut wanted = expected.to_vec();
-            sorted.sort_unstable();
-            wanted.sort_unstable();
-            assert_eq!(sorted, wanted, "{weights:?}");
+            assert_eq!(counts, *expected, "{weights:?}");
         }
     }
 

@@ -148,8 +148,7 @@ impl<'a> Patch<'a> {
             stats: self.live.metrics.route(&rule.origin, &backend.pool, &backend.canary),
         });
         let backends = backends.collect();
-        let turn =
-            CompiledSplit::needs_turn(split).then(|| turn.unwrap_or_else(|| self.router.turns.take()));
+        let turn = CompiledSplit::needs_turn(split).then(|| turn.unwrap_or_else(|| self.router.turns.take()));
         CompiledSplit::new(split, backends, turn)
     }
 
@@ -177,8 +176,7 @@ impl<'a> Patch<'a> {
 
     fn certificates(&mut self, change: DiffItem<HostPattern, Arc<Vec<Arc<Certificate>>>>) {
         match change {
-            DiffItem::Add(pattern, certificates)
-            | DiffItem::Update { new: (pattern, certificates), .. } => {
+            DiffItem::Add(pattern, certificates) | DiffItem::Update { new: (pattern, certificates), .. } => {
                 self.router.certificates.insert(pattern, certificates.clone());
             }
             DiffItem::Remove(pattern, _) => self.router.certificates.remove(pattern),

@@ -163,6 +163,39 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_most_precise_pattern_wins() {
+        let mut map = ByHost::default();
+        let patterns = ["", "a.example", "*.a.example", "b.a.example", "*.example", "*.x.a.example"];
+        for pattern in patterns {
+            map.insert(&HostPattern::new(pattern), pattern);
+        }
+        let cases = [
+            ("a.example", "a.example"),
+            ("b.a.example", "b.a.example"),
+            ("c.a.example", "*.a.example"),
+            ("z.example", "*.example"),
+            // One label only, and not none.
+            ("d.c.a.example", ""),
+            ("y.x.a.example", "*.x.a.example"),
+            ("x.a.example", "*.a.example"),
+            (".a.example", ""),
+            ("example", ""),
+            ("", ""),
+            ("*.a.example", "*.a.example"),
+        ];
+        for (host, expected) in cases {
+            assert_eq!(map.find(host), Some(&expected), "{host}");
+        }
+        for pattern in patterns {
+            let pattern = HostPattern::new(pattern);
+            assert_eq!(map.get(&pattern), Some(&pattern.as_str()));
+            map.remove(&pattern);
+            assert_eq!(map.get(&pattern), None);
+        }
+        assert_eq!(map.find("a.example"), None);
+    }
+
+    #[test]
     fn agrees_with_an_ordinary_map_and_leaves_old_generations_alone() {
         for seed in 0..8 {
             let mut random = fastrand::Rng::with_seed(seed);

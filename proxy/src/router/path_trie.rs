@@ -174,4 +174,4 @@ fn shared(a: &[u8], b: &[u8]) -> usize {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

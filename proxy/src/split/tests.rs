@@ -130,14 +130,10 @@ fn the_phase_survives_a_change_of_weights() {
 #[test]
 fn override_precedence() {
     let header = |backend, name: &str| Override { backend, when: When::Header(name.into()) };
-    let value = |backend, name: &str, v: &str| Override {
-        backend,
-        when: When::HeaderValue(name.into(), v.into()),
-    };
-    let pattern = |backend, name: &str, p: &str| Override {
-        backend,
-        when: When::HeaderPattern(name.into(), p.into()),
-    };
+    let value =
+        |backend, name: &str, v: &str| Override { backend, when: When::HeaderValue(name.into(), v.into()) };
+    let pattern =
+        |backend, name: &str, p: &str| Override { backend, when: When::HeaderPattern(name.into(), p.into()) };
     let cookie = |backend, name: &str| Override { backend, when: When::Cookie(name.into()) };
     // All weight on canary 1, so 1 means "the weights decided" unless an override took it.
     let one = &[0, 100][..];
@@ -207,7 +203,7 @@ fn overrides_come_before_the_sticky_bucket() {
 fn a_sticky_cookie_is_set_once_and_then_obeyed() {
     let split = compile(&table(&[70, 20, 10], Vec::new(), Some(Sticky::Cookie("b".into()))));
     let turns = Turns::default();
-    let mut counts = [0; 3];
+    let mut counts = [0_usize; 3];
     for _ in 0..1_000 {
         let first = split.decide(&Lines::new(&[]), &turns);
         let cookie = format!("b={}", first.set_bucket.unwrap());
@@ -226,7 +222,7 @@ fn a_sticky_header_or_address_is_hashed() {
     let by_header = compile(&table(&[50, 50], Vec::new(), Some(Sticky::Header("X-User".into()))));
     let by_address = compile(&table(&[50, 50], Vec::new(), Some(Sticky::Address)));
     let turns = Turns::default();
-    let mut canary = [0; 2];
+    let mut canary = [0_usize; 2];
     for user in 0..2_000_u32 {
         let name = user.to_string();
         let headers = [("x-user", name.as_str())];

@@ -20,23 +20,22 @@ fn rank(rule: &PathMatch) -> (bool, usize, bool) {
     match rule {
         PathMatch::Exact(p) => (true, p.len(), false),
         PathMatch::StringPrefix(p) => (false, p.len(), false),
-        PathMatch::Prefix(p) => {
-            (false, p.trim_end_matches('/').len() + usize::from(p.ends_with('/')), true)
-        }
+        PathMatch::Prefix(p) => (false, p.trim_end_matches('/').len() + usize::from(p.ends_with('/')), true),
     }
 }
 
-fn naive(rules: &[PathMatch], path: &str) -> Option<u32> {
+/// The obvious matcher: the index of the best rule, of equal ones the first.
+pub(crate) fn naive(rules: &[PathMatch], path: &str) -> Option<u32> {
     let found = (0..rules.len()).filter(|rule| matches(&rules[*rule], path)).rev();
     found.max_by_key(|rule| rank(&rules[*rule])).map(|rule| rule as u32)
 }
 
-fn random_path(random: &mut fastrand::Rng) -> String {
+pub(crate) fn random_path(random: &mut fastrand::Rng) -> String {
     const PIECES: [&str; 9] = ["/", "/", "a", "b", "ab", "aa", "/a", "/b/", "é"];
     (0..random.usize(0..7)).fold("/".to_owned(), |path, _| path + PIECES[random.usize(0..PIECES.len())])
 }
 
-fn random_rule(random: &mut fastrand::Rng) -> PathMatch {
+pub(crate) fn random_rule(random: &mut fastrand::Rng) -> PathMatch {
     let path = random_path(random).into();
     match random.u8(0..3) {
         0 => PathMatch::Exact(path),
@@ -49,8 +48,7 @@ fn random_rule(random: &mut fastrand::Rng) -> PathMatch {
 fn agrees_with_trying_every_rule() {
     for seed in 0..400 {
         let mut random = fastrand::Rng::with_seed(seed);
-        let rules: BTreeSet<PathMatch> =
-            (0..random.usize(0..40)).map(|_| random_rule(&mut random)).collect();
+        let rules: BTreeSet<PathMatch> = (0..random.usize(0..40)).map(|_| random_rule(&mut random)).collect();
         let rules: Vec<PathMatch> = rules.into_iter().collect();
         let trie = PathTrie::new(rules.iter());
         for _ in 0..200 {
