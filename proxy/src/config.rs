@@ -7,6 +7,7 @@ use ipnet::IpNet;
 
 use crate::access_log::AccessLogConfig;
 use crate::endpoint::Ejection;
+use crate::tls::TlsOptions;
 
 /// How the proxy runs. Routes are not here: they are published while it runs.
 #[derive(Clone, Debug)]
@@ -19,6 +20,8 @@ pub struct Config {
     pub workers: usize,
     /// Sizes and counts.
     pub limits: Limits,
+    /// Versions and protocols offered over TLS.
+    pub tls: TlsOptions,
     /// Deadlines.
     pub timeouts: Timeouts,
     /// Peers whose `X-Forwarded-*` are believed. Empty: nobody's.
@@ -38,6 +41,7 @@ impl Default for Config {
             https: Vec::new(),
             workers: std::thread::available_parallelism().map_or(1, |n| n.get()),
             limits: Limits::default(),
+            tls: TlsOptions::default(),
             timeouts: Timeouts::default(),
             trusted: Vec::new(),
             access_log: None,

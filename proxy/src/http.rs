@@ -4,8 +4,9 @@
 use std::sync::Arc;
 
 use crate::certificate::Certificate;
-use crate::router::{CompiledAction, CompiledRule, CompiledSplit, Found, Router};
-use crate::split::Choice;
+use crate::metrics;
+use crate::router::{CompiledAction, CompiledRule, Found, Router};
+use crate::split::{Choice, CompiledSplit};
 use crate::table::Origin;
 use crate::tls;
 use crate::view::RequestView;
@@ -82,7 +83,7 @@ pub(crate) fn decide<'r>(
     if let Some(tls) = &client.tls {
         let certificate: Option<&Certificate> = tls.certificate.as_deref();
         if tls::is_misdirected(tls.server_name.as_deref(), certificate, host) {
-            worker.metrics.rejected_misdirected.inc();
+            worker.metrics.rejected(metrics::Reject::Misdirected);
             return Ok(Verdict::Answer(Answer::new(421, "the connection's certificate does not cover this host")));
         }
     }
@@ -109,7 +110,7 @@ pub(crate) fn decide<'r>(
 }
 
 fn no_route<'r>(worker: &Worker, reason: &'static str) -> Verdict<'r> {
-    worker.metrics.rejected_no_route.inc();
+    worker.metrics.rejected(metrics::Reject::NoRoute);
     Verdict::Answer(Answer::new(404, reason))
 }
 

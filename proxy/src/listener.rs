@@ -12,7 +12,6 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::Instant;
-use tokio_rustls::TlsAcceptor;
 
 use crate::buffer::Buffer;
 use crate::conn::Conn;
@@ -110,7 +109,7 @@ async fn connection(worker: Rc<Worker>, tcp: TcpStream, peer: SocketAddr, tls: b
 
 /// The TLS handshake, and whether the client chose HTTP/2.
 async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, bool)> {
-    let acceptor: TlsAcceptor = worker.tls.acceptor();
+    let acceptor = worker.tls.acceptor();
     let handshake = tokio::time::timeout(worker.config.timeouts.handshake, acceptor.accept(tcp)).await;
     let stream = match handshake {
         Ok(Ok(stream)) => stream,
@@ -133,7 +132,7 @@ async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, 
         Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",
         _ => "TLSv1.2",
     };
-    let certificate = worker.tls.served_for(server_name.as_deref());
+    let certificate = Some(worker.tls.served_for(server_name.as_deref()));
     let tls = ClientTls { server_name, certificate, version };
     Some((Conn::Tls(Box::new(stream.into())), tls, h2))
 }

@@ -88,10 +88,14 @@ impl Proxy {
         let live = Arc::new(Live { endpoints: Endpoints::default(), metrics });
         let (publisher, routes) = routes(live.clone());
         let default = Arc::new(Certificate::self_signed(&["lockgate.invalid"])?);
-        let tls = Tls::new(Arc::new(routes.clone()), default)?;
+        let tls = Tls::new(Arc::new(routes.clone()), default, &config.tls)?;
         let logs = match &config.access_log {
             None => Vec::new(),
-            Some(log) => AccessLog::start(log, &live.metrics).map_err(StartError::AccessLog)?,
+            Some(log) => {
+                let workers: Vec<_> = (0..config.workers).map(|i| live.metrics.worker(i)).collect();
+                let (_, logs) = AccessLog::start(log, &workers).map_err(StartError::AccessLog)?;
+                logs
+            }
         };
         let (http, https, sockets) = bind_all(&config)?;
         let (stop, _) = watch::channel(false);

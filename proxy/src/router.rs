@@ -16,6 +16,7 @@ use crate::certificate::Certificate;
 use crate::endpoint::Endpoints;
 use crate::metrics::Metrics;
 use crate::split::CompiledSplit;
+use crate::tls::{Candidates, CertificateLookup};
 use crate::table::{Origin, PathMatch, PoolKey, RoutingTable, RuleLimits};
 
 mod compile;
@@ -28,7 +29,6 @@ use path_trie::PathTrie;
 use slots::{Numbers, Pools, Slots};
 
 /// What outlives generations: one per process.
-#[derive(Debug, Default)]
 pub struct Live {
     /// Health and load by address.
     pub endpoints: Endpoints,
@@ -182,6 +182,23 @@ pub fn routes(live: Arc<Live>) -> (Publisher, Routes) {
 /// The read half.
 #[derive(Clone)]
 pub struct Routes(Arc<ArcSwap<Router>>);
+
+impl std::fmt::Debug for Routes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Routes").field("generation", &self.0.load().generation()).finish()
+    }
+}
+
+impl CertificateLookup for Routes {
+    fn certificates(&self, server_name: Option<&str>) -> Candidates {
+        let router = self.0.load();
+        let found = router.certificates(server_name.unwrap_or_default());
+        match found {
+            Some(found) => found.iter().cloned().collect(),
+            None => router.table().default_certificate.iter().cloned().collect(),
+        }
+    }
+}
 
 impl Routes {
     /// The live generation, to be held for long or by the few who ask rarely.

@@ -1,7 +1,10 @@
 //! Dividing the requests of one rule among its backends: properties of the
 //! request first, then the user's bucket, then exact weights.
 
+use std::io::Write as _;
 use std::sync::Arc;
+
+use smallvec::SmallVec;
 
 use crate::balance::{BUCKETS, Turns, scale, schedule};
 use crate::metrics::RouteStats;
@@ -47,6 +50,17 @@ pub struct Choice {
 }
 
 impl CompiledSplit {
+    /// The header line that gives a new user its bucket; empty when there is none to give.
+    pub(crate) fn bucket_line(&self, choice: Choice) -> SmallVec<[u8; 128]> {
+        let mut line = SmallVec::new();
+        let cookie = self.sticky.as_ref().map(|sticky| &sticky.by);
+        if let (Some(Sticky::Cookie(name)), Some(bucket)) = (cookie, choice.set_bucket) {
+            // Writing to memory cannot fail.
+            let _ = write!(line, "Set-Cookie: {name}={bucket}; Path=/; HttpOnly; SameSite=Lax\r\n");
+        }
+        line
+    }
+
     /// `backends` belong to `split.backends`, one for one; neither is empty.
     pub(crate) fn new(split: &Split, backends: Vec<CompiledBackend>, turn: Option<u32>) -> CompiledSplit {
         debug_assert!(!backends.is_empty() && backends.len() == split.backends.len());

@@ -61,7 +61,7 @@ impl Worker {
             config,
             live,
             metrics,
-            turns: Turns::default(),
+            turns: Turns::for_worker(index as u32),
             tls,
             random: RefCell::new(fastrand::Rng::new()),
             scratch: RefCell::default(),

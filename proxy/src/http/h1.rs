@@ -235,11 +235,13 @@ impl Http1 {
                 is_head: head.method == b"HEAD",
             },
             wants_upgrade: head.upgrade.is_some(),
+            expects_continue: head.expects_continue,
             idempotent: is_idempotent(head.method),
             request,
             notes,
         };
         let length = head.length;
+        drop(head);
         self.input.consume(length);
         Ok(Some(plan))
     }

@@ -200,12 +200,9 @@ impl RequestView for Http1View<'_, '_, '_> {
         self.head.headers.iter().find(|h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value)
     }
 
-    fn for_each_header(&self, name: &str, visit: &mut dyn FnMut(&[u8]) -> bool) {
-        let named = self.head.headers.iter().filter(|h| h.name.eq_ignore_ascii_case(name));
-        for header in named {
-            if !visit(header.value) {
-                return;
-            }
+    fn for_each_header<'a>(&'a self, name: &str, visit: &mut dyn FnMut(&'a [u8])) {
+        for header in self.head.headers.iter().filter(|h| h.name.eq_ignore_ascii_case(name)) {
+            visit(header.value);
         }
     }
 

@@ -13,7 +13,6 @@ use crate::http::over_h2::{Answering, Frame, next_frame};
 use crate::http::record::Record;
 use crate::http::{chunked, map};
 use crate::metrics;
-use crate::split::write_set_bucket;
 use crate::timer::Timer;
 
 use super::relay::{FromClient, delivery};
@@ -177,7 +176,7 @@ fn write_head(out: &mut Output, response: &Response<h2::RecvStream>, to: Deliver
             put(out, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
         }
     }
-    write_set_bucket(&mut **out, order.forward.split, &order.forward.choice);
+    out.extend_from_slice(&order.forward.split.bucket_line(order.forward.choice));
     write_framing(out, to.framing);
     out.extend_from_slice(connection_line(to.keep_alive, to.minor));
     out.extend_from_slice(b"\r\n");

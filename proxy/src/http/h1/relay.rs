@@ -3,8 +3,6 @@
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
-use smallvec::SmallVec;
-
 use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
@@ -14,7 +12,6 @@ use crate::http::head::{Framing, HeaderRoom};
 use crate::http::record::Record;
 use crate::http::response::{BadResponse, ResponseHead};
 use crate::metrics::Reject;
-use crate::split::write_set_bucket;
 use crate::timer::Timer;
 use crate::upstream::{Peer, Upstream};
 
@@ -201,13 +198,13 @@ fn reply(
         return Err(BadResponse("endpoint switched protocols unasked"));
     }
     let delivery = delivery(order, plan.shape, head.framing, source.is_done());
-    let mut extra = SmallVec::<[u8; 128]>::new();
-    write_set_bucket(&mut extra, order.forward.split, &order.forward.choice);
+    let extra = order.forward.split.bucket_line(order.forward.choice);
     out.clear();
     write_response(out, &head, delivery, &extra);
     let reply =
         Reply { status: head.status, framing: head.framing, delivery, reusable: head.keep_alive, switches };
     let length = head.length;
+    drop(head);
     answer.consume(length);
     Ok(reply)
 }

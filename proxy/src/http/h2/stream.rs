@@ -26,7 +26,6 @@ use crate::http::response::{BadResponse, ResponseHead};
 use crate::http::{Asked, Verdict, chunked, decide, is_idempotent, map, phrase, write_https_location};
 use crate::metrics;
 use crate::router::Router;
-use crate::split::write_set_bucket;
 use crate::table::UpstreamProtocol;
 use crate::timer::{Late, Timer};
 use crate::upstream::{Peer, Upstream};
@@ -370,8 +369,7 @@ impl Stream<'_> {
         let (mut parts, mut body) = response.into_parts();
         let status = parts.status.as_u16();
         (self.record.status, self.record.upstream_status) = (status, status);
-        let mut bucket = Vec::new();
-        write_set_bucket(&mut bucket, order.forward.split, &order.forward.choice);
+        let bucket = order.forward.split.bucket_line(order.forward.choice);
         parts.headers.extend(chunked::header_map(&bucket).unwrap_or_default());
         parts.version = http::Version::HTTP_2;
         let at_once = body.is_end_stream() && !upload.is_active();
@@ -419,8 +417,10 @@ impl Stream<'_> {
 fn response_of(order: &Order<'_>, answer: &mut Buffer) -> Result<(Response<()>, Framing, bool), Failure> {
     let nonsense = |BadResponse(reason)| Failure::Nonsense(reason);
     let mut room = HeaderRoom::new();
-    let head = ResponseHead::parse(answer.filled(), &mut room, order.is_head).map_err(nonsense)?;
-    let Some(head) = head else { return Err(Failure::Nonsense("malformed response head")) };
+    let parsed = ResponseHead::parse(answer.filled(), &mut room, order.is_head);
+    let Some(head) = parsed.map_err(nonsense)? else {
+        return Err(Failure::Nonsense("malformed response head"));
+    };
     if head.status == 101 {
         return Err(Failure::Nonsense("endpoint switched protocols unasked"));
     }
@@ -440,10 +440,10 @@ fn response_of(order: &Order<'_>, answer: &mut Buffer) -> Result<(Response<()>, 
     if head.framing == Framing::Chunked || head.framing == Framing::Close {
         headers.remove(header::CONTENT_LENGTH);
     }
-    let mut bucket = Vec::new();
-    write_set_bucket(&mut bucket, order.forward.split, &order.forward.choice);
+    let bucket = order.forward.split.bucket_line(order.forward.choice);
     headers.extend(chunked::header_map(&bucket).unwrap_or_default());
     let (framing, reusable, length) = (head.framing, head.keep_alive, head.length);
+    drop(head);
     answer.consume(length);
     Ok((response, framing, reusable))
 }
