@@ -113,6 +113,8 @@ fn answer(router: &Router, host: &str, path: &str) -> String {
         other => return format!("{other:?}"),
     };
     let CompiledAction::Forward(split) = &rule.action else { return format!("{rule:?}") };
+    // Which turn it has depends on the past, and where a cycle starts depends on the turn.
+    let split = &split.clone().with_turn(0);
     let mut text = format!("{:?}", rule.path);
     let turns = Turns::default();
     for backend in &split.backends {
