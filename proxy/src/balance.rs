@@ -13,6 +13,9 @@ pub(crate) mod schedule;
 /// range evenly however many there are.
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
+/// 2^64 times the fraction of the square root of two: as even, and unrelated.
+const ROOT_OF_TWO: u64 = 0x6A09_E667_F3BC_C908;
+
 /// Buckets of a sticky split.
 pub(crate) const BUCKETS: u16 = 10_000;
 
@@ -36,8 +39,9 @@ impl Default for Turns {
 }
 
 impl Turns {
-    /// The turns of worker number `worker`. Workers start at different places
-    /// of every cycle, so that few requests over many workers divide well too.
+    /// The turns of worker number `worker`. Workers and splits start at
+    /// different places of their cycles, so that few requests each, over many
+    /// workers or many rules, divide well together.
     pub fn for_worker(worker: u32) -> Turns {
         Turns {
             pools: RefCell::default(),
@@ -51,7 +55,7 @@ impl Turns {
     /// The next turn of pool slot `slot`. Wraps.
     pub fn next(&self, slot: u32) -> u32 {
         let mut pools = self.pools.borrow_mut();
-        let turn = at(&mut pools, slot, self.worker);
+        let turn = at(&mut pools, slot, |_| self.worker);
         let taken = *turn;
         *turn = taken.wrapping_add(1);
         taken
@@ -61,7 +65,8 @@ impl Turns {
     /// it stood, and whether the step completed a cycle.
     pub(crate) fn advance(&self, turn: u32, step: u64) -> (u64, bool) {
         let mut splits = self.splits.borrow_mut();
-        let phase = at(&mut splits, turn, u64::from(self.worker).wrapping_mul(GOLDEN));
+        let worker = u64::from(self.worker).wrapping_mul(ROOT_OF_TWO);
+        let phase = at(&mut splits, turn, |turn| (turn as u64).wrapping_mul(GOLDEN).wrapping_add(worker));
         let before = *phase;
         let (after, completed) = before.overflowing_add(step);
         *phase = after;
@@ -86,10 +91,11 @@ pub(crate) fn scale(fraction: u64, whole: u32) -> u32 {
     ((u128::from(fraction) * u128::from(whole)) >> 64) as u32
 }
 
-fn at<T: Copy>(turns: &mut Vec<T>, index: u32, start: T) -> &mut T {
+fn at<T>(turns: &mut Vec<T>, index: u32, start: impl Fn(usize) -> T) -> &mut T {
     let index = index as usize;
     if index >= turns.len() {
-        turns.resize((index + 1).next_power_of_two(), start);
+        let known = turns.len();
+        turns.extend((known..(index + 1).next_power_of_two()).map(start));
     }
     &mut turns[index]
 }
@@ -170,10 +176,16 @@ impl CompiledPool {
         if positions == 0 {
             return None;
         }
-        let draw = || self.at(turns.random(positions));
-        let first = (0..DRAWS).find_map(|_| Some(draw()).filter(&may))?;
+        let mut place = 0;
+        let mut draw = |among: u32| {
+            place = (place + positions - among + turns.random(among)) % positions;
+            self.at(place)
+        };
+        let first = (0..DRAWS).find_map(|_| Some(draw(positions)).filter(&may))?;
+        // Elsewhere in the cycle, which unless weights differ is another endpoint.
         let differs = |e: &&CompiledEndpoint| e.live.id != first.live.id && may(e);
-        let Some(second) = (0..DRAWS).find_map(|_| Some(draw()).filter(differs)) else { return Some(first) };
+        let second = (0..DRAWS).find_map(|_| Some(draw(positions - 1)).filter(differs));
+        let Some(second) = second else { return Some(first) };
         let load = |a: &CompiledEndpoint, b: &CompiledEndpoint| {
             u64::from(a.live.in_flight()) * u64::from(b.weight.max(1))
         };

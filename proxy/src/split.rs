@@ -64,6 +64,7 @@ impl CompiledSplit {
     /// `backends` belong to `split.backends`, one for one; neither is empty.
     pub(crate) fn new(split: &Split, backends: Vec<CompiledBackend>, turn: Option<u32>) -> CompiledSplit {
         debug_assert!(!backends.is_empty() && backends.len() == split.backends.len());
+        debug_assert!(backends.len() <= 256, "{} backends", backends.len());
         let known = |o: &&Override| o.backend < backends.len();
         CompiledSplit {
             overrides: split.overrides.iter().filter(known).map(CompiledOverride::new).collect(),
@@ -81,6 +82,11 @@ impl CompiledSplit {
 
     pub(crate) fn turn(&self) -> Option<u32> {
         self.turn
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_turn(self, turn: u32) -> CompiledSplit {
+        CompiledSplit { turn: self.turn.and(Some(turn)), ..self }
     }
 
     /// Whether there is one backend and nothing to decide.

