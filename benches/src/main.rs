@@ -6,7 +6,7 @@
 //!                        │
 //!                        └─ µs of CPU per request, from the scheduler's own account
 //! ```
-#![allow(clippy::disallowed_methods, reason = "measures real time")]
+#![expect(clippy::disallowed_methods, reason = "measures real time")]
 
 mod backend;
 mod load;
