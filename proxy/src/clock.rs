@@ -26,7 +26,7 @@ fn since_origin() -> Duration {
     let origin = ORIGIN.get_or_init(|| {
         // The operating system's clock, not tokio's, and some time ago: the first caller may be
         // a test that has moved its own clock ahead, or has stopped it a while before.
-        #[allow(clippy::disallowed_methods, reason = "the origin must not depend on a paused clock")]
+        #[expect(clippy::disallowed_methods, reason = "the origin must not depend on a paused clock")]
         let now = Instant::from_std(std::time::Instant::now());
         now.checked_sub(Duration::from_secs(60)).unwrap_or(now)
     });

@@ -27,6 +27,7 @@ mod route;
 mod worker;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -42,7 +43,9 @@ use self::route::RouteSet;
 use crate::clock;
 use crate::table::{Origin, PoolKey};
 
-/// All metrics of one proxy. Shared by the workers, the publisher and the admin endpoint.
+/// All metrics of one proxy. Shared by the workers, the publisher and the
+/// admin endpoint; a clone shows the same numbers.
+#[derive(Clone)]
 pub struct Metrics {
     state: Arc<State>,
     registry: Registry,
@@ -145,6 +148,19 @@ impl Metrics {
         let encoded = TextEncoder::new().encode_utf8(&self.registry.gather(), &mut text);
         debug_assert!(encoded.is_ok(), "{encoded:?}");
         text
+    }
+}
+
+impl Default for Metrics {
+    /// For one worker.
+    fn default() -> Metrics {
+        Metrics::new(1)
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").field("workers", &self.workers()).finish_non_exhaustive()
     }
 }
 

@@ -82,6 +82,13 @@ impl RouteStats {
     }
 }
 
+impl Default for RouteStats {
+    /// For one worker, and shown by no scrape.
+    fn default() -> RouteStats {
+        RouteStats::new(1)
+    }
+}
+
 /// One worker's part, on cache lines of its own.
 #[derive(Debug, Default)]
 #[repr(align(64))]
