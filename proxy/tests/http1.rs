@@ -18,7 +18,7 @@ fn keeps_both_connections_alive() {
         assert_eq!(body, "hello");
     }
     let metrics = proxy.metrics().encode();
-    assert!(metrics.contains("lockgate_upstream_connections_opened_total 1\n"), "{metrics}");
+    assert!(metrics.contains("lockgate_upstream_connections_total{result=\"opened\"} 1\n"), "{metrics}");
 }
 
 #[test]
