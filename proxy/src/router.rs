@@ -29,6 +29,7 @@ use path_trie::PathTrie;
 use slots::{Numbers, Pools, Slots};
 
 /// What outlives generations: one per process.
+#[derive(Debug, Default)]
 pub struct Live {
     /// Health and load by address.
     pub endpoints: Endpoints,
