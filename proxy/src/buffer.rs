@@ -118,7 +118,6 @@ impl Buffer {
         self.bytes.resize(grown, 0);
         true
     }
-
 }
 
 /// A head being written. Its storage comes from the worker's free list too.

@@ -67,7 +67,9 @@ pub enum CertificateError {
     #[error("no private key found; expected PEM with a `-----BEGIN PRIVATE KEY-----` line (or RSA, EC)")]
     NoKey,
     /// The key needs a passphrase.
-    #[error("the private key is encrypted; store it without a passphrase (`openssl pkey -in KEY -out PLAIN`)")]
+    #[error(
+        "the private key is encrypted; store it without a passphrase (`openssl pkey -in KEY -out PLAIN`)"
+    )]
     EncryptedKey,
     /// Text that is not PEM.
     #[error("the {what} is not valid PEM: {reason}")]
@@ -78,7 +80,9 @@ pub enum CertificateError {
         reason: &'static str,
     },
     /// A PEM block holds something else than a certificate.
-    #[error("certificate {position} of the chain is malformed: {reason}; export it again from where it was issued")]
+    #[error(
+        "certificate {position} of the chain is malformed: {reason}; export it again from where it was issued"
+    )]
     MalformedCertificate {
         /// Place in the chain, from 1, the leaf.
         position: usize,
@@ -86,7 +90,9 @@ pub enum CertificateError {
         reason: String,
     },
     /// The chain does not fit a handshake.
-    #[error("the chain has more than {MAX_CHAIN} bytes, which clients refuse; keep the leaf and its intermediates")]
+    #[error(
+        "the chain has more than {MAX_CHAIN} bytes, which clients refuse; keep the leaf and its intermediates"
+    )]
     ChainTooLong,
     /// A PEM block holds something else than a private key.
     #[error("the private key is malformed or cut short; export it again")]
@@ -124,7 +130,8 @@ impl Certificate {
     /// A new ECDSA P-256 key and a certificate for `names` (DNS names,
     /// wildcards, IP addresses), signed by itself, valid from yesterday on.
     pub fn self_signed(names: &[&str]) -> Result<Certificate, CertificateError> {
-        let (chain, key) = generate(names).map_err(|error| CertificateError::SelfSigned(error.to_string()))?;
+        let (chain, key) =
+            generate(names).map_err(|error| CertificateError::SelfSigned(error.to_string()))?;
         Certificate::from_der(vec![chain], &key)
     }
 

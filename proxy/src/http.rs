@@ -84,7 +84,10 @@ pub(crate) fn decide<'r>(
         let certificate: Option<&Certificate> = tls.certificate.as_deref();
         if tls::is_misdirected(tls.server_name.as_deref(), certificate, host) {
             worker.metrics.rejected(metrics::Reject::Misdirected);
-            return Ok(Verdict::Answer(Answer::new(421, "the connection's certificate does not cover this host")));
+            return Ok(Verdict::Answer(Answer::new(
+                421,
+                "the connection's certificate does not cover this host",
+            )));
         }
     }
     let mut scratch = worker.scratch.borrow_mut();

@@ -12,9 +12,9 @@
 
 pub mod access_log;
 pub mod balance;
-pub mod certificate;
 mod buffer;
-mod clock;
+pub mod certificate;
+pub mod clock;
 pub mod config;
 mod conn;
 pub mod endpoint;

@@ -204,7 +204,7 @@ impl Seed {
         let metrics = live.metrics.worker(index);
         let deadline = config.drain.deadline;
         let routes = routes.cache();
-        let parts = Parts { index, config, live, metrics, tls, routes, log, https_port };
+        let parts = Parts { index, config, metrics, tls, routes, log, https_port };
         let worker = Worker::new(parts);
         for (listener, tls) in sockets {
             let accepting = listener::accept(worker.clone(), listener, tls, stop.clone());

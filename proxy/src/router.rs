@@ -16,8 +16,8 @@ use crate::certificate::Certificate;
 use crate::endpoint::Endpoints;
 use crate::metrics::Metrics;
 use crate::split::CompiledSplit;
-use crate::tls::{Candidates, CertificateLookup};
 use crate::table::{Origin, PathMatch, PoolKey, RoutingTable, RuleLimits};
+use crate::tls::{Candidates, CertificateLookup};
 
 mod compile;
 mod host_map;

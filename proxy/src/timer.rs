@@ -27,7 +27,11 @@ impl Timer {
     }
 
     /// Runs `future` until it is done or `deadline` has passed.
-    pub(crate) async fn within<F: Future>(&mut self, deadline: Instant, future: F) -> Result<F::Output, Late> {
+    pub(crate) async fn within<F: Future>(
+        &mut self,
+        deadline: Instant,
+        future: F,
+    ) -> Result<F::Output, Late> {
         let mut future = pin!(future);
         std::future::poll_fn(|cx| {
             if let Poll::Ready(output) = future.as_mut().poll(cx) {

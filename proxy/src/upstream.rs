@@ -87,11 +87,8 @@ impl Upstreams {
         if let Some(upstream) = self.by_id.borrow().get(&live.id) {
             return upstream.clone();
         }
-        let upstream = Rc::new(Upstream {
-            live: live.clone(),
-            idle: RefCell::default(),
-            h2: h2::Shared::default(),
-        });
+        let upstream =
+            Rc::new(Upstream { live: live.clone(), idle: RefCell::default(), h2: h2::Shared::default() });
         self.by_id.borrow_mut().insert(live.id, upstream.clone());
         upstream
     }

@@ -12,7 +12,7 @@ use crate::balance::Turns;
 use crate::clock;
 use crate::config::Config;
 use crate::metrics::WorkerMetrics;
-use crate::router::{Live, Router, RouterCache};
+use crate::router::{Router, RouterCache};
 use crate::tls::Tls;
 use crate::upstream::Upstreams;
 
@@ -20,7 +20,6 @@ use crate::upstream::Upstreams;
 pub(crate) struct Worker {
     pub(crate) index: usize,
     pub(crate) config: Arc<Config>,
-    pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<WorkerMetrics>,
     pub(crate) turns: Turns,
     pub(crate) upstreams: Upstreams,
@@ -42,7 +41,6 @@ pub(crate) struct Worker {
 pub(crate) struct Parts {
     pub(crate) index: usize,
     pub(crate) config: Arc<Config>,
-    pub(crate) live: Arc<Live>,
     pub(crate) metrics: Arc<WorkerMetrics>,
     pub(crate) tls: Tls,
     pub(crate) routes: RouterCache,
@@ -52,14 +50,13 @@ pub(crate) struct Parts {
 
 impl Worker {
     pub(crate) fn new(parts: Parts) -> Rc<Worker> {
-        let Parts { index, config, live, metrics, tls, mut routes, log, https_port } = parts;
+        let Parts { index, config, metrics, tls, mut routes, log, https_port } = parts;
         let generation = RefCell::new(Rc::new(routes.load().clone()));
         let idle_ms = config.timeouts.idle_upstream.as_millis() as u64;
         Rc::new(Worker {
             index,
             upstreams: Upstreams::new(config.limits.idle_upstream, idle_ms, metrics.clone()),
             config,
-            live,
             metrics,
             turns: Turns::for_worker(index as u32),
             tls,

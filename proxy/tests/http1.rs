@@ -45,8 +45,15 @@ fn tells_the_endpoint_who_asks() {
         "GET /x?y=z HTTP/1.1\r\nHost: Shop.Example:8080\r\nX-Forwarded-For: 6.6.6.6\r\nX-Real-IP: 6.6.6.6\r\n\
          Connection: close, X-Drop\r\nX-Drop: 1\r\nX-Keep: 2\r\nProxy: evil\r\nTE: gzip\r\n\r\n",
     );
-    for line in ["GET /x?y=z HTTP/1.1", "Host: Shop.Example:8080", "X-Forwarded-For: 127.0.0.1", "X-Real-IP: 127.0.0.1",
-        "X-Forwarded-Proto: http", "X-Forwarded-Host: Shop.Example:8080", "X-Keep: 2"] {
+    for line in [
+        "GET /x?y=z HTTP/1.1",
+        "Host: Shop.Example:8080",
+        "X-Forwarded-For: 127.0.0.1",
+        "X-Real-IP: 127.0.0.1",
+        "X-Forwarded-Proto: http",
+        "X-Forwarded-Host: Shop.Example:8080",
+        "X-Keep: 2",
+    ] {
         assert!(head.contains(&format!("{line}\r\n")), "{line} missing in {head}");
     }
     for gone in ["6.6.6.6", "X-Drop", "Proxy:", "TE:", "evil"] {

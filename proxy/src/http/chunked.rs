@@ -204,10 +204,9 @@ pub(crate) fn size_line(n: usize, room: &mut [u8; 18]) -> &[u8] {
     }
 }
 
-/// Replayed by the tests, and by the fuzzer: never panics, and decoding in
-/// pieces says the same as decoding at once.
-#[doc(hidden)]
-pub fn fuzz(bytes: &[u8]) {
+/// Never panics, and decoding in pieces says the same as decoding at once.
+#[cfg(test)]
+fn fuzz(bytes: &[u8]) {
     let mut whole = bytes.to_vec();
     let mut at_once = Decoder::default();
     let expected = at_once.decode(&mut whole).map(|d| (whole[..d.data].to_vec(), d.consumed, d.done));
@@ -241,7 +240,8 @@ mod tests {
 
     #[test]
     fn table() {
-        let ok = |body: &str, left, done, trailers: &str| Ok((body.to_owned(), left, done, trailers.to_owned()));
+        let ok =
+            |body: &str, left, done, trailers: &str| Ok((body.to_owned(), left, done, trailers.to_owned()));
         for (text, expected) in [
             ("5\r\nhello\r\n0\r\n\r\n", ok("hello", 0, true, "")),
             ("5\r\nhello\r\n6\r\n world\r\n0\r\n\r\nGET", ok("hello world", 3, true, "")),
@@ -267,13 +267,16 @@ mod tests {
 
     #[test]
     fn pieces_and_whole_agree() {
-        for text in ["5\r\nhello\r\n0\r\n\r\n", "5;x\r\nhello\r\n1\r\n!\r\n0\r\nA: b\r\n\r\nrest", "zz", "3\r\nab"] {
+        for text in
+            ["5\r\nhello\r\n0\r\n\r\n", "5;x\r\nhello\r\n1\r\n!\r\n0\r\nA: b\r\n\r\nrest", "zz", "3\r\nab"]
+        {
             fuzz(text.as_bytes());
         }
         let mut random = fastrand::Rng::with_seed(11);
         let pieces = ["5\r\n", "hello", "\r\n", "0\r\n", "\r\n", "A: b\r\n", ";x", "\n", "f", "\0"];
         for _ in 0..5_000 {
-            let text: String = (0..random.usize(0..10)).map(|_| pieces[random.usize(0..pieces.len())]).collect();
+            let text: String =
+                (0..random.usize(0..10)).map(|_| pieces[random.usize(0..pieces.len())]).collect();
             fuzz(text.as_bytes());
         }
     }

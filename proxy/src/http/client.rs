@@ -47,7 +47,12 @@ impl Scheme {
 }
 
 impl Client {
-    pub(crate) fn new(peer: SocketAddr, local: SocketAddr, trusted: &[IpNet], tls: Option<ClientTls>) -> Client {
+    pub(crate) fn new(
+        peer: SocketAddr,
+        local: SocketAddr,
+        trusted: &[IpNet],
+        tls: Option<ClientTls>,
+    ) -> Client {
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         let scheme = if tls.is_some() { Scheme::Https } else { Scheme::Http };
         let trusted = trusted.iter().any(|net| net.contains(&peer.ip()));
@@ -163,7 +168,8 @@ mod tests {
     #[test]
     fn a_trusted_peer_is_believed_and_added_to_the_chain() {
         let trusted = ["192.0.2.0/24".parse().unwrap()];
-        let claims = Claims { for_: Some(b"10.9.9.9, 203.0.113.9"), proto: Some(b"https"), ..Claims::default() };
+        let claims =
+            Claims { for_: Some(b"10.9.9.9, 203.0.113.9"), proto: Some(b"https"), ..Claims::default() };
         let (text, address) = lines(&trusted, claims);
         assert!(text.starts_with("X-Forwarded-For: 10.9.9.9, 203.0.113.9, 192.0.2.7\r\n"), "{text}");
         assert!(text.contains("X-Real-IP: 203.0.113.9\r\n"));

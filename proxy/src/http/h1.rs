@@ -23,10 +23,10 @@ use crate::upstream::Peer;
 use crate::worker::{Presence, Worker};
 
 use super::client::Client;
+use super::exchange::Order;
 use super::field::Field;
 use super::forward::{self, RequestId, connection_line, decimal, put};
 use super::head::{Framing, HeaderRoom, Http1View, Reject, RequestHead};
-use super::exchange::Order;
 use super::record::{Notes, Record, Texts, finish};
 use super::{Asked, Verdict, decide, is_idempotent, phrase, write_https_location};
 
@@ -246,7 +246,13 @@ impl Http1 {
         Ok(Some(plan))
     }
 
-    async fn carry_out(&mut self, started: Instant, router: &Router, mut plan: Plan<'_>, mut out: Output) -> Next {
+    async fn carry_out(
+        &mut self,
+        started: Instant,
+        router: &Router,
+        mut plan: Plan<'_>,
+        mut out: Output,
+    ) -> Next {
         let mut record = Record::new(started);
         self.worker.metrics.requests_in_flight.inc();
         let next = match &plan.verdict {
@@ -380,7 +386,10 @@ fn notes(head: &RequestHead<'_, '_>, id: &RequestId) -> Notes {
 fn write_answer(head: &mut Vec<u8>, status: u16, text: &str, extra: &[u8], connection: &[u8]) {
     let mut room = [0; 20];
     put(head, &[b"HTTP/1.1 ", decimal(u64::from(status), &mut room), b" ", text.as_bytes(), b"\r\n"]);
-    put(head, &[b"Date: ", &crate::clock::http_date(), b"\r\nContent-Type: text/plain\r\n", extra, connection]);
+    put(
+        head,
+        &[b"Date: ", &crate::clock::http_date(), b"\r\nContent-Type: text/plain\r\n", extra, connection],
+    );
     let length = text.len() as u64 + 1;
     put(head, &[b"Content-Length: ", decimal(length, &mut room), b"\r\n\r\n"]);
 }

@@ -51,7 +51,13 @@ pub(crate) struct Http2 {
 }
 
 /// Serves a connection until it ends. `input` was read already.
-pub(crate) async fn serve(worker: Rc<Worker>, conn: Conn, client: Client, mut presence: Presence, input: Buffer) {
+pub(crate) async fn serve(
+    worker: Rc<Worker>,
+    conn: Conn,
+    client: Client,
+    mut presence: Presence,
+    input: Buffer,
+) {
     let limits = &worker.config.limits;
     let mut timer = Timer::new(Instant::now() + worker.config.timeouts.header);
     let handshake = h2::server::Builder::new()
@@ -140,7 +146,11 @@ struct Rewound {
 }
 
 impl AsyncRead for Rewound {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if self.input.is_empty() {
             return Pin::new(&mut self.conn).poll_read(cx, buf);
         }

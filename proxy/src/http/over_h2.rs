@@ -203,7 +203,11 @@ impl Upload {
 
     /// Moves pieces of the body as the endpoint grants room for them.
     /// `Ready(Ok)`: some moved, or it is done.
-    pub(crate) fn poll<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<(), UploadError>> {
+    pub(crate) fn poll<S: Source>(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut S,
+    ) -> Poll<Result<(), UploadError>> {
         if self.state != State::Open {
             return Poll::Pending;
         }

@@ -137,7 +137,9 @@ mod tests {
     fn normal_form_is_a_fixed_point() {
         let mut random = fastrand::Rng::with_seed(7);
         for _ in 0..20_000 {
-            let text: String = (0..random.usize(0..12)).map(|_| *random.choice(&['/', '.', 'a', 'b']).unwrap_or(&'a')).collect();
+            let text: String = (0..random.usize(0..12))
+                .map(|_| *random.choice(&['/', '.', 'a', 'b']).unwrap_or(&'a'))
+                .collect();
             if let Ok(once) = normal(&format!("/{text}")) {
                 assert_eq!(normal(&once), Ok(once.clone()), "from /{text}");
             }

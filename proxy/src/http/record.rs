@@ -75,8 +75,7 @@ pub(crate) struct Texts<'a> {
 impl Notes {
     pub(crate) fn new(texts: &Texts<'_>) -> Notes {
         let mut notes = Notes { text: Output::take(), ends: [0; 6] };
-        let all =
-            [texts.method, texts.host, texts.target, texts.user_agent, texts.referer, texts.request_id];
+        let all = [texts.method, texts.host, texts.target, texts.user_agent, texts.referer, texts.request_id];
         for (text, end) in all.iter().zip(&mut notes.ends) {
             notes.text.extend_from_slice(text);
             *end = notes.text.len();

@@ -36,11 +36,8 @@ impl<'h, 'b> ResponseHead<'h, 'b> {
         to_head: bool,
     ) -> Result<Option<ResponseHead<'h, 'b>>, BadResponse> {
         let mut response = httparse::Response::new(&mut []);
-        let parsed = ParserConfig::default().parse_response_with_uninit_headers(
-            &mut response,
-            bytes,
-            room.slots(),
-        );
+        let parsed =
+            ParserConfig::default().parse_response_with_uninit_headers(&mut response, bytes, room.slots());
         let length = match parsed {
             Ok(Status::Complete(length)) => length,
             Ok(Status::Partial) => return Ok(None),

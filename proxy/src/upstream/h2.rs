@@ -56,9 +56,8 @@ impl Shared {
     pub(crate) fn lease(&self) -> Option<Lease> {
         let mut connections = self.connections.borrow_mut();
         connections.retain(|c| !c.closed.get());
-        let roomy = |c: &&Rc<Connection>| {
-            c.streams.get() < c.send.borrow().current_max_send_streams().min(STREAMS)
-        };
+        let roomy =
+            |c: &&Rc<Connection>| c.streams.get() < c.send.borrow().current_max_send_streams().min(STREAMS);
         connections.iter().find(roomy).map(|c| open_stream(c.clone()))
     }
 
@@ -90,11 +89,8 @@ impl Upstreams {
             .handshake::<_, Bytes>(conn)
             .await
             .map_err(io::Error::other)?;
-        let connection = Rc::new(Connection {
-            send: RefCell::new(send),
-            streams: Cell::new(0),
-            closed: Cell::new(false),
-        });
+        let connection =
+            Rc::new(Connection { send: RefCell::new(send), streams: Cell::new(0), closed: Cell::new(false) });
         let lease = upstream.h2.add(connection.clone());
         // The driver ends when the endpoint hangs up, or when we have dropped every handle.
         let weak = Rc::downgrade(&connection);

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use lockgate_proxy::config::{Config, Drain};
 use lockgate_proxy::table::{
-    Action, Backend, Balance, Endpoint, Host, HostPattern, Origin, PathMatch, Pool, PoolKey, RoutingTable, Rule,
-    RuleLimits, Split, UpstreamProtocol,
+    Action, Backend, Balance, Endpoint, Host, HostPattern, Origin, PathMatch, Pool, PoolKey, RoutingTable,
+    Rule, RuleLimits, Split, UpstreamProtocol,
 };
 use lockgate_proxy::{Proxy, Publisher};
 

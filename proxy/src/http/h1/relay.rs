@@ -110,7 +110,8 @@ impl Http1 {
         let failure = match order.obtain(timer, &mut source, out, &mut answer, record).await {
             Err(failure) => failure,
             Ok((upstream, peer)) => {
-                let relayed = relay(order, timer, &mut source, plan, &upstream, peer, answer, out, record).await;
+                let relayed =
+                    relay(order, timer, &mut source, plan, &upstream, peer, answer, out, record).await;
                 record.bytes_in += source.upload.bytes;
                 match relayed {
                     Ok(next) => return next,

@@ -44,7 +44,16 @@ impl Upload {
             Framing::None | Framing::Close => Body::Length(0),
         };
         let done = matches!(body, Body::Length(0));
-        Upload { body, encoded: Output::take(), written: 0, bytes: 0, limit, done, abandoned: false, started: false }
+        Upload {
+            body,
+            encoded: Output::take(),
+            written: 0,
+            bytes: 0,
+            limit,
+            done,
+            abandoned: false,
+            started: false,
+        }
     }
 
     /// The whole body is through.
@@ -181,7 +190,9 @@ impl Upload {
                     return Ok(Poll::Pending);
                 }
                 let written = pin(endpoint).poll_write(cx, &input.filled()[..available]);
-                let Poll::Ready(n) = written.map_err(|_| UploadError::Endpoint)? else { return Ok(Poll::Pending) };
+                let Poll::Ready(n) = written.map_err(|_| UploadError::Endpoint)? else {
+                    return Ok(Poll::Pending);
+                };
                 input.consume(n);
                 *left -= n as u64;
                 self.bytes += n as u64;
@@ -202,7 +213,9 @@ impl Upload {
                     return Ok(Poll::Pending);
                 }
                 let written = pin(endpoint).poll_write(cx, &self.encoded[self.written..]);
-                let Poll::Ready(n) = written.map_err(|_| UploadError::Endpoint)? else { return Ok(Poll::Pending) };
+                let Poll::Ready(n) = written.map_err(|_| UploadError::Endpoint)? else {
+                    return Ok(Poll::Pending);
+                };
                 self.written += n;
                 self.done = self.written == self.encoded.len() && decoder.is_done();
                 Ok(Poll::Ready(()))

@@ -299,7 +299,12 @@ impl Stream<'_> {
         ended.map_err(|_| Failure::Client)
     }
 
-    async fn over_http1(&mut self, order: &Order<'_>, source: &mut FromStream, head: &Output) -> Result<(), Failure> {
+    async fn over_http1(
+        &mut self,
+        order: &Order<'_>,
+        source: &mut FromStream,
+        head: &Output,
+    ) -> Result<(), Failure> {
         let mut answer = Buffer::new();
         let Stream { timer, record, respond, .. } = self;
         let mut watched = Watched { source, respond };
@@ -316,7 +321,14 @@ impl Stream<'_> {
         Ok(())
     }
 
-    fn give_back(&self, order: &Order<'_>, source: &FromStream, upstream: &Rc<Upstream>, peer: Peer, reusable: bool) {
+    fn give_back(
+        &self,
+        order: &Order<'_>,
+        source: &FromStream,
+        upstream: &Rc<Upstream>,
+        peer: Peer,
+        reusable: bool,
+    ) {
         if reusable && source.is_done() {
             order.worker.upstreams.keep(upstream, peer, clock::now_ms());
         }
