@@ -111,8 +111,9 @@ impl Http1 {
         }
         let started = Instant::now();
         let deadline = started + self.worker.config.timeouts.header;
+        let mut read_first = false;
         loop {
-            match self.fill_head(deadline).await {
+            match self.fill_head(deadline, read_first).await {
                 Ok(true) => {}
                 Ok(false) => return Next::Close(false),
                 Err(reject) => return self.refuse(started, reject).await,
@@ -121,7 +122,8 @@ impl Http1 {
             let mut out = Output::take();
             match self.plan(&router, &mut out) {
                 Ok(Some(plan)) => return self.carry_out(started, &router, plan, out).await,
-                Ok(None) => {}
+                // Empty lines before the request line look like the end of a head.
+                Ok(None) => read_first = true,
                 Err(reject) => return self.refuse(started, reject).await,
             }
         }
@@ -161,16 +163,18 @@ impl Http1 {
         }
     }
 
-    /// Reads until the input may hold a whole head. `Ok(false)`: the client is gone.
-    async fn fill_head(&mut self, deadline: Instant) -> Result<bool, Reject> {
+    /// Reads until the input may hold a whole head; at least once if `read_first`.
+    /// `Ok(false)`: the client is gone.
+    async fn fill_head(&mut self, deadline: Instant, mut read_first: bool) -> Result<bool, Reject> {
         let limits = &self.worker.config.limits;
         let mut searched = 0;
         loop {
             let filled = self.input.filled();
             let from = searched.min(filled.len());
-            if memchr::memmem::find(&filled[from..], b"\r\n\r\n").is_some() {
+            if !read_first && memchr::memmem::find(&filled[from..], b"\r\n\r\n").is_some() {
                 return Ok(true);
             }
+            read_first = false;
             if !filled.is_empty() {
                 // Not complete; but what is there may already be wrong.
                 let mut room = HeaderRoom::new();
