@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::LocalOptions;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
@@ -192,11 +193,11 @@ struct Seed {
 
 impl Seed {
     fn run(self, sockets: Sockets) {
-        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => runtime,
-            Err(error) => return tracing::error!(%error, "cannot start a worker"),
-        };
-        tokio::task::LocalSet::new().block_on(&runtime, self.serve(sockets));
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        match builder.enable_all().build_local(LocalOptions::default()) {
+            Ok(runtime) => runtime.block_on(self.serve(sockets)),
+            Err(error) => tracing::error!(%error, "cannot start a worker"),
+        }
     }
 
     async fn serve(self, sockets: Sockets) {

@@ -1,5 +1,5 @@
 //! A proxy on loopback with tables made by hand, and endpoints that do as they are told.
-#![allow(dead_code, reason = "every test file uses its own part of this")]
+#![allow(dead_code, unreachable_pub, reason = "every test file uses its own part of this")]
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
