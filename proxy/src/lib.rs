@@ -12,6 +12,7 @@
 
 pub mod certificate;
 pub mod table;
+pub mod tls;
 
 pub use certificate::Certificate;
 pub use table::RoutingTable;
