@@ -97,6 +97,11 @@ impl<S: Read + Write> Wire<S> {
         Ok(Some(message))
     }
 
+    /// `n` bytes, of whatever protocol.
+    pub fn exactly(&mut self, n: usize) -> io::Result<Vec<u8>> {
+        self.take(n)
+    }
+
     fn take_until(&mut self, end: &[u8]) -> io::Result<Option<Vec<u8>>> {
         let mut searched = 0;
         loop {
