@@ -149,6 +149,7 @@ impl Upstreams {
             let unused = Rc::strong_count(upstream) == 1 && upstream.h2.is_idle();
             let forgotten = unused && Arc::strong_count(&upstream.live) == 1;
             upstream.idle.borrow_mut().retain(|i| now_ms.saturating_sub(i.since_ms) < self.idle_ms);
+            upstream.h2.sweep(now_ms, self.idle_ms);
             !forgotten
         });
     }
