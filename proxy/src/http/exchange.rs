@@ -46,6 +46,9 @@ pub(crate) trait Source {
     /// Something was taken from the client that cannot be sent again.
     fn has_started(&self) -> bool;
 
+    /// There is more to move, and it is the client's turn to send it.
+    fn awaits_client(&self) -> bool;
+
     /// The endpoint takes no more.
     fn abandon(&mut self);
 
@@ -89,6 +92,9 @@ pub(crate) enum Failure {
     /// Worth an answer of this status: the client's fault, or nobody to ask.
     Answer(u16, &'static str),
 }
+
+/// The client stopped sending the body of its request.
+pub(crate) const SLOW_BODY: Failure = Failure::Answer(408, "request body took too long");
 
 impl Failure {
     /// Status and reason to answer with; `None`: there is nobody to answer.
@@ -292,8 +298,10 @@ pub(crate) async fn step<S: Source>(
     source: &mut S,
     endpoint: &mut Conn,
     answer: &mut Buffer,
-    deadline: Instant,
+    mut deadline: Instant,
 ) -> Result<usize, Failure> {
+    // A body that moves may take as long as it likes.
+    let patience = source.is_active().then(|| deadline.saturating_duration_since(Instant::now()));
     loop {
         let next = poll_fn(|cx| {
             let uploaded = match source.is_active() {
@@ -310,7 +318,10 @@ pub(crate) async fn step<S: Source>(
         return match timer.within(deadline, next).await {
             Ok(Step::Read(Ok(n))) => Ok(n),
             Ok(Step::Read(Err(_))) => Err(Failure::Endpoint("connection to the endpoint broke")),
-            Ok(Step::Uploaded) => continue,
+            Ok(Step::Uploaded) => {
+                deadline = patience.map_or(deadline, |patience| Instant::now() + patience);
+                continue;
+            }
             // It may have answered before it stopped taking the body.
             Ok(Step::UploadFailed(UploadError::Endpoint)) => {
                 source.abandon();
@@ -318,6 +329,8 @@ pub(crate) async fn step<S: Source>(
             }
             Ok(Step::UploadFailed(error)) => Err(error.into()),
             Ok(Step::Gone) => Err(Failure::Client),
+            // The endpoint waits as we do: not its fault.
+            Err(Late) if source.awaits_client() => Err(SLOW_BODY),
             Err(Late) => Err(Failure::Late),
         };
     }

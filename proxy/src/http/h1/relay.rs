@@ -53,6 +53,10 @@ impl Source for FromClient<'_> {
         self.upload.has_started()
     }
 
+    fn awaits_client(&self) -> bool {
+        self.upload.awaits_client(self.input)
+    }
+
     fn abandon(&mut self) {
         self.upload.abandon();
     }

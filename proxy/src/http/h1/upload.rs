@@ -66,6 +66,11 @@ impl Upload {
         !self.done && !self.abandoned
     }
 
+    /// All that came has left, and more is to come.
+    pub(super) fn awaits_client(&self, input: &Buffer) -> bool {
+        self.is_active() && !self.has_unwritten(input)
+    }
+
     /// The endpoint takes no more.
     pub(super) fn abandon(&mut self) {
         self.abandoned = true;
