@@ -77,17 +77,32 @@ async fn serve(mut stream: TcpStream, name: &str) -> io::Result<()> {
             }
         };
         let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
-        let length = head.lines().find_map(|l| l.strip_prefix("Content-Length: ")?.parse().ok()).unwrap_or(0);
-        while bytes.len() < end + length {
-            if stream.read_buf(&mut bytes).await? == 0 {
-                return Ok(());
-            }
-        }
-        bytes.drain(..end + length);
+        bytes.drain(..end);
+        skip_body(&mut stream, &mut bytes, &head).await?;
         if head.contains("\r\nUpgrade: echo\r\n") {
             return echo(stream, name).await;
         }
         answer(&mut stream, name, head.split(' ').nth(1).unwrap_or_default()).await?;
+    }
+}
+
+/// Drops the request body behind `head`. Chunks hold no text that looks like the last one.
+async fn skip_body(stream: &mut TcpStream, bytes: &mut Vec<u8>, head: &str) -> io::Result<()> {
+    const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
+    let length = head.lines().find_map(|l| l.strip_prefix("Content-Length: ")?.parse().ok());
+    let chunked = head.contains("\r\nTransfer-Encoding: chunked\r\n");
+    loop {
+        let end = match chunked {
+            true => bytes.windows(LAST_CHUNK.len()).position(|w| w == LAST_CHUNK).map(|at| at + LAST_CHUNK.len()),
+            false => Some(length.unwrap_or(0)).filter(|length| *length <= bytes.len()),
+        };
+        if let Some(end) = end {
+            bytes.drain(..end);
+            return Ok(());
+        }
+        if stream.read_buf(bytes).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
     }
 }
 
