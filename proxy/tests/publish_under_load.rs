@@ -27,7 +27,7 @@ mod toy;
 mod world;
 
 use toy::PATIENCE;
-use world::{HOSTS, History, PATHS, World, host_name};
+use world::{HOSTS, HTTP2_HOST, History, PATHS, World, host_name};
 
 /// 1,000 in 60 s, and a few more.
 const PUBLISHES_PER_SECOND: f64 = 17.0;
@@ -333,7 +333,8 @@ async fn stream(sender: Sender, question: &Question, tls: bool) -> Result<(u16, 
 
 /// A tunnel that is open the whole time, and in use.
 async fn tunnel(load: Arc<Load>, number: usize) {
-    let question = load.question(None, "");
+    // There are no upgrades to an endpoint that speaks HTTP/2.
+    let question = load.question(Some(number % HTTP2_HOST), "");
     let opened = match number % 2 {
         0 => match plain(&load).await {
             Ok(stream) => talk(&load, &question, stream).await,
@@ -407,22 +408,33 @@ async fn churn(world: &mut World, proxy: &Proxy, seconds: u64) -> Vec<Weak<Route
     generations
 }
 
+/// Connections to endpoints, as the proxy counts them.
+fn open_upstreams(proxy: &Proxy) -> usize {
+    let metrics = proxy.metrics().encode();
+    let line = metrics.lines().find_map(|line| line.strip_prefix("lockgate_upstream_connections_open "));
+    line.expect("there is such a metric").parse().unwrap()
+}
+
 /// Waits until all that is removed has been let go.
-async fn settle(world: &mut World, generations: &[Weak<Router>]) -> Result<(), String> {
+async fn settle(world: &mut World, proxy: &Proxy, generations: &[Weak<Router>]) -> Result<(), String> {
     let end = Instant::now() + PATIENCE;
     loop {
         world.collect();
         world.reap();
-        let alive = generations.iter().filter(|generation| generation.strong_count() > 0).count();
         let held: Vec<_> = world.retired.iter().map(|pod| (pod.name.clone(), pod.open())).collect();
-        // The last change may have been none, and two names of one generation.
-        let newest = generations.last().and_then(Weak::upgrade).map(|newest| newest.generation());
-        let others = generations.iter().filter_map(Weak::upgrade).filter(|g| Some(g.generation()) != newest);
-        if others.count() == 0 && held.is_empty() {
+        let newest = proxy.routes().load_full().generation();
+        let others = generations.iter().filter_map(Weak::upgrade).filter(|g| g.generation() != newest).count();
+        let remembered = world.remembered();
+        let counted = open_upstreams(proxy);
+        let open: usize = world.serving().map(pod::Pod::open).sum();
+        if others == 0 && held.is_empty() && remembered == 0 && counted == open {
             return Ok(());
         }
         if Instant::now() > end {
-            return Err(format!("{alive} generations alive, removed endpoints with connections: {held:?}"));
+            return Err(format!(
+                "{others} old generations, {remembered} removed endpoints known, connected {held:?}; \
+                 {counted} connections counted, {open} open"
+            ));
         }
         sleep(Duration::from_millis(50)).await;
     }
@@ -434,7 +446,7 @@ async fn publishing_under_load_harms_nobody() {
     let config = Config { workers: 2, ..toy::config() };
     let (proxy, publisher) = Proxy::start(config).unwrap();
     let history = Arc::new(History::default());
-    let mut world = World::new(publisher, history.clone()).await;
+    let mut world = World::new(proxy.live().clone(), publisher, history.clone()).await;
     let load = Arc::new(Load {
         http: proxy.http_addrs()[0],
         https: proxy.https_addrs()[0],
@@ -448,7 +460,7 @@ async fn publishing_under_load_harms_nobody() {
     for client in clients {
         client.await.unwrap();
     }
-    let settled = settle(&mut world, &generations).await;
+    let settled = settle(&mut world, &proxy, &generations).await;
 
     let tally = std::mem::take(&mut *load.tally.lock().unwrap());
     let (publishes, requests) = (generations.len(), tally.good.values().sum::<usize>());

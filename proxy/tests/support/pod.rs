@@ -26,7 +26,8 @@ pub(crate) struct Pod {
 }
 
 impl Pod {
-    pub(crate) async fn start(name: String) -> Pod {
+    /// One that speaks HTTP/1, or HTTP/2 by prior knowledge.
+    pub(crate) async fn start(name: String, http2: bool) -> Pod {
         let name: Arc<str> = name.into();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -37,7 +38,7 @@ impl Pod {
                 let (name, open) = (their_name.clone(), their_open.clone());
                 open.fetch_add(1, Relaxed);
                 tokio::spawn(async move {
-                    let _ = serve(stream, &name).await;
+                    let _ = serve(stream, &name, http2).await;
                     open.fetch_sub(1, Relaxed);
                 });
             }
@@ -64,8 +65,11 @@ impl Pod {
     }
 }
 
-async fn serve(mut stream: TcpStream, name: &str) -> io::Result<()> {
+async fn serve(mut stream: TcpStream, name: &str, http2: bool) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    if http2 {
+        return serve_http2(stream, name).await.map_err(io::Error::other);
+    }
     let mut bytes = Vec::with_capacity(4 << 10);
     loop {
         let end = loop {
@@ -84,6 +88,35 @@ async fn serve(mut stream: TcpStream, name: &str) -> io::Result<()> {
         }
         answer(&mut stream, name, head.split(' ').nth(1).unwrap_or_default()).await?;
     }
+}
+
+async fn serve_http2(stream: TcpStream, name: &str) -> Result<(), h2::Error> {
+    let mut connection = h2::server::handshake(stream).await?;
+    while let Some(accepted) = connection.accept().await {
+        let (request, mut respond) = accepted?;
+        let name = name.to_owned();
+        tokio::spawn(async move {
+            let target = request.uri().path_and_query().map_or(String::new(), |target| target.to_string());
+            let mut upload = request.into_body();
+            while let Some(Ok(data)) = upload.data().await {
+                let _ = upload.flow_control().release_capacity(data.len());
+            }
+            if target.contains("/slow") {
+                tokio::time::sleep(SLOW).await;
+            }
+            let Ok(mut body) = respond.send_response(http::Response::new(()), false) else { return };
+            let text = format!("{name} {target}");
+            let pieces = if target.contains("/drip") { 5 } else { 1 };
+            for piece in text.as_bytes().chunks(text.len().div_ceil(pieces)) {
+                let _ = body.send_data(bytes::Bytes::copy_from_slice(piece), false);
+                if pieces > 1 {
+                    tokio::time::sleep(SLOW / 5).await;
+                }
+            }
+            let _ = body.send_data(bytes::Bytes::new(), true);
+        });
+    }
+    Ok(())
 }
 
 /// Drops the request body behind `head`. Chunks hold no text that looks like the last one.

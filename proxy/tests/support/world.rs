@@ -1,9 +1,11 @@
 //! Hosts that change all the time, and what every request to them may see.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
+use lockgate_proxy::router::Live;
 use lockgate_proxy::table::{
     Action, Backend, Balance, Host, HostPattern, PathMatch, RoutingTable, Rule, UpstreamProtocol,
 };
@@ -17,6 +19,13 @@ pub(crate) const HOSTS: usize = 6;
 
 /// What clients ask for; [`App::pools`] says who may answer.
 pub(crate) const PATHS: [&str; 6] = ["/", "/api", "/canary", "/extra", "/swap", "/exact"];
+
+/// The endpoints of this one speak HTTP/2.
+pub(crate) const HTTP2_HOST: usize = HOSTS - 1;
+
+fn protocol(host: usize) -> UpstreamProtocol {
+    if host == HTTP2_HOST { UpstreamProtocol::H2c } else { UpstreamProtocol::Http1 }
+}
 
 pub(crate) fn host_name(host: usize) -> String {
     format!("h{host}.example")
@@ -132,8 +141,10 @@ fn certificate(host: usize, rotation: usize) -> Arc<Certificate> {
 pub(crate) struct World {
     apps: Vec<App>,
     pub(crate) retired: Vec<Pod>,
-    /// Ids under which the proxy knew the endpoints of `retired`, by address.
     pub(crate) reaped: usize,
+    live: Arc<Live>,
+    /// What the proxy called endpoints that were removed.
+    removed: Vec<(SocketAddr, UpstreamProtocol, u64)>,
     pub(crate) table: RoutingTable,
     publisher: Publisher,
     history: Arc<History>,
@@ -144,11 +155,13 @@ pub(crate) struct World {
 }
 
 impl World {
-    pub(crate) async fn new(publisher: Publisher, history: Arc<History>) -> World {
+    pub(crate) async fn new(live: Arc<Live>, publisher: Publisher, history: Arc<History>) -> World {
         let mut world = World {
             apps: Vec::new(),
             retired: Vec::new(),
             reaped: 0,
+            live,
+            removed: Vec::new(),
             table: RoutingTable::default(),
             publisher,
             history,
@@ -158,7 +171,7 @@ impl World {
         };
         for host in 0..HOSTS {
             let app = App {
-                pods: [world.pods(2).await, world.pods(2).await],
+                pods: [world.pods(host, 2).await, world.pods(host, 2).await],
                 has_extra: false,
                 is_swapped: false,
                 weights: [90, 10],
@@ -174,11 +187,11 @@ impl World {
         world
     }
 
-    async fn pods(&mut self, count: usize) -> Vec<Pod> {
+    async fn pods(&mut self, host: usize, count: usize) -> Vec<Pod> {
         let mut pods = Vec::new();
         for _ in 0..count {
             self.pods += 1;
-            pods.push(Pod::start(format!("pod-{}", self.pods)).await);
+            pods.push(Pod::start(format!("pod-{}", self.pods), host == HTTP2_HOST).await);
         }
         pods
     }
@@ -240,24 +253,28 @@ impl World {
 
     async fn replace(&mut self, host: usize, pool: usize) {
         let count = self.random.usize(1..4);
-        let new = self.pods(count).await;
+        let new = self.pods(host, count).await;
         let old = std::mem::replace(&mut self.apps[host].pods[pool], new);
-        self.retire(old);
+        self.retire(host, old);
     }
 
     async fn scale(&mut self, host: usize) {
         let pool = self.random.usize(..2);
         if self.apps[host].pods[pool].len() > 2 {
             let gone = self.apps[host].pods[pool].remove(0);
-            self.retire(vec![gone]);
+            self.retire(host, vec![gone]);
         } else {
-            let new = self.pods(1).await;
+            let new = self.pods(host, 1).await;
             self.apps[host].pods[pool].extend(new);
         }
     }
 
-    fn retire(&mut self, mut pods: Vec<Pod>) {
-        pods.iter_mut().for_each(Pod::remove);
+    fn retire(&mut self, host: usize, mut pods: Vec<Pod>) {
+        for pod in &mut pods {
+            pod.remove();
+            let id = self.live.endpoints.get(pod.address, protocol(host)).id;
+            self.removed.push((pod.address, protocol(host), id));
+        }
         self.retired.extend(pods);
     }
 
@@ -287,7 +304,7 @@ impl World {
         self.table.certificates.insert(pattern, Arc::new(vec![app.certificate.clone()]));
         for (index, pods) in app.pods.iter().enumerate() {
             let addresses: Vec<_> = pods.iter().map(|pod| pod.address).collect();
-            let mut pool = toy::pool(&addresses, UpstreamProtocol::Http1);
+            let mut pool = toy::pool(&addresses, protocol(host));
             pool.balance = app.balance;
             self.table.pools.insert(toy::key(&pool_name(host, index)), Arc::new(pool));
         }
@@ -326,6 +343,15 @@ impl World {
 
     pub(crate) fn collect(&mut self) {
         self.publisher.collect();
+    }
+
+    /// Removed endpoints that the proxy still knows. An address in use again is known rightly.
+    pub(crate) fn remembered(&self) -> usize {
+        let serves = |address| self.serving().any(|pod| pod.address == address);
+        let known = |(address, protocol, id): &&(SocketAddr, UpstreamProtocol, u64)| {
+            !serves(*address) && self.live.endpoints.get(*address, *protocol).id == *id
+        };
+        self.removed.iter().filter(known).count()
     }
 
     /// Pods that the table names.
