@@ -4,11 +4,12 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 /// How long a slow answer takes: several publishes.
 const SLOW: Duration = Duration::from_millis(250);
@@ -126,7 +127,9 @@ async fn skip_body(stream: &mut TcpStream, bytes: &mut Vec<u8>, head: &str) -> i
     let chunked = head.contains("\r\nTransfer-Encoding: chunked\r\n");
     loop {
         let end = match chunked {
-            true => bytes.windows(LAST_CHUNK.len()).position(|w| w == LAST_CHUNK).map(|at| at + LAST_CHUNK.len()),
+            true => {
+                bytes.windows(LAST_CHUNK.len()).position(|w| w == LAST_CHUNK).map(|at| at + LAST_CHUNK.len())
+            }
             false => Some(length.unwrap_or(0)).filter(|length| *length <= bytes.len()),
         };
         if let Some(end) = end {
@@ -160,7 +163,9 @@ async fn answer(stream: &mut TcpStream, name: &str, target: &str) -> io::Result<
 }
 
 async fn echo(mut stream: TcpStream, name: &str) -> io::Result<()> {
-    stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n").await?;
+    stream
+        .write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+        .await?;
     stream.write_all(format!("{name} ").as_bytes()).await?;
     let mut room = [0; 1024];
     loop {

@@ -210,7 +210,8 @@ impl World {
             }
             20..30 => {
                 self.apps[host].order = self.random.u64(..);
-                self.apps[host].balance = self.random.choice([Balance::RoundRobin, Balance::LeastRequest]).unwrap();
+                self.apps[host].balance =
+                    self.random.choice([Balance::RoundRobin, Balance::LeastRequest]).unwrap();
                 "reorder rules, balance otherwise"
             }
             30..45 => {
@@ -282,7 +283,8 @@ impl World {
         let protocols = [UpstreamProtocol::Http1, UpstreamProtocol::H2c, UpstreamProtocol::Https];
         for _ in 0..20 {
             let n = self.random.u32(..200);
-            let (host, pool) = (HostPattern::new(&format!("stranger-{n}.example")), format!("strange/s{n}:80"));
+            let (host, pool) =
+                (HostPattern::new(&format!("stranger-{n}.example")), format!("strange/s{n}:80"));
             if self.random.bool() {
                 let address = ([127, 0, 0, 1], 1 + self.random.u16(..1000)).into();
                 let protocol = self.random.choice(protocols).unwrap();
