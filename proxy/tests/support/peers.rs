@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
-use http_body_util::combinators::BoxBody;
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Empty, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
@@ -23,17 +23,17 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// A body of any kind.
-pub type Body = BoxBody<Bytes, hyper::Error>;
+pub type Body = UnsyncBoxBody<Bytes, hyper::Error>;
 
 /// The host all requests are for, unless a test says otherwise.
 pub const HOST: &str = "a.example";
 
 pub fn empty() -> Body {
-    Empty::new().map_err(never).boxed()
+    Empty::new().map_err(never).boxed_unsync()
 }
 
 pub fn full(bytes: impl Into<Bytes>) -> Body {
-    Full::new(bytes.into()).map_err(never).boxed()
+    Full::new(bytes.into()).map_err(never).boxed_unsync()
 }
 
 fn never(error: Infallible) -> hyper::Error {
@@ -46,7 +46,7 @@ pub fn pieces(length: usize, trailers: Option<HeaderMap>) -> Body {
     let data = (0..length.div_ceil(PIECE))
         .map(move |n| Frame::data(pattern(n * PIECE, PIECE.min(length - n * PIECE))));
     let frames = data.chain(trailers.map(Frame::trailers)).map(Ok);
-    StreamBody::new(stream::iter(frames)).boxed()
+    StreamBody::new(stream::iter(frames)).boxed_unsync()
 }
 
 /// Bytes that depend on their position, so that a lost or doubled piece shows.
@@ -164,7 +164,7 @@ pub async fn app(request: Request<Incoming>) -> Response<Body> {
     let path = request.uri().path().to_owned();
     match path.split('/').skip(1).collect::<Vec<_>>()[..] {
         // The body and its trailers come back as they are.
-        ["echo"] => Response::new(request.into_body().boxed()),
+        ["echo"] => Response::new(request.into_body().boxed_unsync()),
         // The request's head as lines of text.
         ["head"] => Response::new(full(head_lines(&request))),
         ["bytes", n] => Response::new(full(pattern(0, n.parse().unwrap()))),
@@ -326,4 +326,17 @@ pub async fn tls(proxy: &Proxy, name: &'static str, http2: bool) -> tokio_rustls
     let expected: &[u8] = if http2 { b"h2" } else { b"http/1.1" };
     assert_eq!(tls.get_ref().1.alpn_protocol(), Some(expected));
     tls
+}
+
+/// An endpoint that accepts connections, and that is all.
+pub async fn says_nothing() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((tcp, _)) = listener.accept().await {
+            held.push(tcp);
+        }
+    });
+    address
 }
