@@ -200,6 +200,7 @@ async fn statuses_in_trailers_and_in_heads() {
         assert_eq!(status.metadata().get("x-answer").unwrap(), "failed");
         assert_eq!(unary(&mut setup.client, "panic").await.unwrap_err().code(), Code::Unavailable);
 
+        soon(setup.client.ready()).await.unwrap();
         let request = Request::new("3".to_owned());
         let response = setup.client.server_streaming(request, path("Count"), codec()).await.unwrap();
         let mut messages = response.into_inner();
@@ -222,9 +223,9 @@ async fn streams_in_either_direction() {
     for speaks in BOTH {
         let mut setup = setup(speaks).await;
         let piece = "x".repeat(10_000);
-        let messages = stream::iter(vec![piece.clone(); 500]);
+        let messages = stream::iter(vec![piece.clone(); 400]);
         let joined = setup.client.client_streaming(Request::new(messages), path("Join"), codec());
-        assert_eq!(soon(joined).await.unwrap().into_inner().len(), 5_000_000);
+        assert_eq!(soon(joined).await.unwrap().into_inner().len(), 4_000_000);
 
         soon(setup.client.ready()).await.unwrap();
         let request = Request::new("20000".to_owned());
