@@ -134,7 +134,7 @@ struct Turn<'s>(&'s Shared);
 
 impl<'s> Turn<'s> {
     fn take(shared: &'s Shared) -> Option<Turn<'s>> {
-        (!shared.connecting.replace(true)).then_some(Turn(shared))
+        (!shared.connecting.replace(true)).then(|| Turn(shared))
     }
 }
 

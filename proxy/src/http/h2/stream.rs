@@ -38,6 +38,7 @@ struct Stream<'s> {
     /// Set when the response head has left.
     sending: Option<SendStream<Bytes>>,
     is_head: bool,
+    is_grpc: bool,
 }
 
 /// Serves one stream.
@@ -54,6 +55,7 @@ pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respo
         record: Record::new(started),
         sending: None,
         is_head: *request.method() == http::Method::HEAD,
+        is_grpc: is_grpc(&request),
     };
     let router = worker.router();
     match plan(&shared, &router, &request, &body) {
@@ -128,6 +130,11 @@ impl Stream<'_> {
     /// An answer of our own.
     async fn answer(&mut self, status: u16, location: Option<HeaderValue>) {
         self.record.status = status;
+        if self.is_grpc {
+            // Nobody is told if this fails: the stream is gone.
+            let _ = self.send_head(grpc_answer(status), true);
+            return;
+        }
         let text = Bytes::from(format!("{}\n", phrase(status)));
         let mut response = Response::new(());
         *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
@@ -138,7 +145,6 @@ impl Stream<'_> {
         if let Some(location) = location {
             headers.insert(header::LOCATION, location);
         }
-        // Nobody is told if this fails: the stream is gone.
         if self.send_head(response, self.is_head).is_ok() && !self.is_head {
             let _ = self.send_data(text, true, |_| Poll::Pending).await;
         }
@@ -291,7 +297,9 @@ impl Stream<'_> {
         let bucket = order.forward.split.bucket_line(order.forward.choice);
         parts.headers.extend(chunked::header_map(&bucket).unwrap_or_default());
         parts.version = http::Version::HTTP_2;
-        let at_once = body.is_end_stream() && !upload.is_active();
+        // Some endpoints send a body where there is none to be.
+        let bodiless = self.is_head || matches!(status, 204 | 304);
+        let at_once = bodiless || body.is_end_stream() && !upload.is_active();
         self.send_head(Response::from_parts(parts, ()), at_once)?;
         if at_once {
             return Ok(());
@@ -330,6 +338,32 @@ impl Stream<'_> {
         });
         finish(worker, client, "HTTP/2.0", verdict, &self.record, notes.as_ref(), Instant::now());
     }
+}
+
+fn is_grpc(request: &Request<()>) -> bool {
+    let content_type = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes);
+    let rest = content_type.and_then(|value| value.strip_prefix(b"application/grpc"));
+    rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+}
+
+/// An answer of our own as a gRPC client understands it: its status in place
+/// of the trailers. It would take a text for a broken message.
+fn grpc_answer(status: u16) -> Response<()> {
+    // The gRPC document "HTTP to gRPC status code mapping".
+    let code = match status {
+        400 | 431 => "13",
+        401 => "16",
+        403 => "7",
+        404 => "12",
+        429 | 502..=504 => "14",
+        _ => "2",
+    };
+    let mut response = Response::new(());
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", HeaderValue::from_static(code));
+    headers.insert("grpc-message", HeaderValue::from_static(phrase(status)));
+    response
 }
 
 /// Moves the request body while the response waits for the client.
