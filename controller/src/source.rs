@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use imbl::OrdMap;
 
-use crate::objects::{Notice, ObjectRef};
+use crate::objects::{Level, Notice, ObjectRef};
 use crate::store::Store;
 
 mod contents;
@@ -20,7 +20,7 @@ mod watch;
 
 pub(crate) use contents::Contents;
 pub use folder::{Folder, FolderError, FolderOptions};
-pub(crate) use scan::read_into;
+pub(crate) use scan::{read_into, walk};
 
 /// All that a source knows at one moment. Cloning is cheap: the large parts are shared.
 #[derive(Clone, Default)]
@@ -46,8 +46,25 @@ pub struct FileProblem {
     pub line: Option<usize>,
     /// Counted from 1.
     pub column: Option<usize>,
+    /// How bad it is.
+    pub level: Level,
+    /// Nothing of the file could be used; otherwise only one document could not.
+    pub unreadable: bool,
     /// What is wrong and what to do.
     pub message: String,
+}
+
+impl FileProblem {
+    pub(crate) fn unreadable(path: Arc<Path>, message: impl Into<String>) -> FileProblem {
+        FileProblem {
+            path,
+            line: None,
+            column: None,
+            level: Level::Error,
+            unreadable: true,
+            message: message.into(),
+        }
+    }
 }
 
 impl fmt::Display for FileProblem {

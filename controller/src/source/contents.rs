@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use imbl::OrdMap;
 
-use crate::objects::{Level, Notice, Object, ObjectRef, Parsed, parse};
-use crate::source::document::Document;
+use crate::objects::{Notice, Object, ObjectRef, Parsed, parse};
+use crate::source::document::{Document, Format, documents};
 use crate::source::{FileProblem, Snapshot};
 use crate::store::Store;
 
@@ -52,6 +52,8 @@ impl Contents {
                         path: path.clone(),
                         line: Some(line),
                         column: None,
+                        level: notice.level,
+                        unreadable: false,
                         message: notice.to_string(),
                     });
                 });
@@ -68,6 +70,17 @@ impl Contents {
         }
         for reference in held {
             self.hold(reference, path);
+        }
+    }
+
+    /// Replaces what `path` holds by what a text says, if it is YAML.
+    pub(crate) fn load_text(&mut self, path: &Arc<Path>, text: &[u8]) {
+        match documents(text, Format::Yaml) {
+            Ok(documents) => self.load(path, documents),
+            Err(error) => {
+                let problem = FileProblem::unreadable(path.clone(), error.message);
+                self.fail(FileProblem { line: error.line, column: error.column, ..problem });
+            }
         }
     }
 
@@ -94,6 +107,11 @@ impl Contents {
     /// Whether `path` holds objects that are worth keeping.
     pub(crate) fn holds_objects(&self, path: &Path) -> bool {
         self.files.get(path).is_some_and(|file| !file.objects.is_empty())
+    }
+
+    /// The file that an object is taken from, if there is one.
+    pub(crate) fn file_of(&self, reference: &ObjectRef) -> Option<&Path> {
+        self.holders.get(reference)?.last().map(|path| &**path)
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
@@ -182,7 +200,7 @@ impl File {
         let (reference, mut held) = match parsed {
             Parsed::Unused(kind) => return self.unused.push(kind),
             Parsed::Object(object, notices) => (object.reference(), Held { object: Some(object), notices }),
-            Parsed::Unsupported { reference, notice } => {
+            Parsed::Unsupported { reference, notice, .. } => {
                 (reference, Held { object: None, notices: vec![notice] })
             }
             Parsed::Invalid { reference: None, notice } => return complain(notice),
@@ -198,12 +216,11 @@ impl File {
             }
         };
         if self.objects.contains_key(&reference) {
-            held.notices.push(Notice {
-                level: Level::Warning,
-                field: "metadata.name".into(),
-                message: "is in this file more than once; the last one is used".into(),
-                remedy: "remove the others or give them names of their own".into(),
-            });
+            held.notices.push(Notice::warning(
+                ".metadata.name",
+                "is in this file more than once; the last one is used",
+                "remove the others or give them names of their own",
+            ));
         }
         self.objects.insert(reference, held);
     }
@@ -212,21 +229,15 @@ impl File {
 fn duplicate(winner: &Arc<Path>, holders: &[Arc<Path>]) -> Notice {
     let others: Vec<String> =
         holders.iter().filter(|path| *path != winner).map(|path| path.display().to_string()).collect();
-    Notice {
-        level: Level::Warning,
-        field: "metadata.name".into(),
-        message: format!("is in {} and in {}; the first is used", winner.display(), others.join(", ")).into(),
-        remedy: "keep it in one file".into(),
-    }
+    Notice::warning(
+        ".metadata.name",
+        format!("is in {} and in {}; the first is used", winner.display(), others.join(", ")),
+        "keep it in one file",
+    )
 }
 
 fn kept_notice() -> Notice {
-    Notice {
-        level: Level::Warning,
-        field: "".into(),
-        message: "its last valid version stays in use".into(),
-        remedy: "correct the file".into(),
-    }
+    Notice::warning("", "its last valid version stays in use", "correct the file")
 }
 
 #[cfg(test)]

@@ -267,7 +267,8 @@ impl Folder {
         column: Option<usize>,
         message: String,
     ) -> bool {
-        self.contents.fail(FileProblem { path: path.clone(), line, column, message })
+        let problem = FileProblem::unreadable(path.clone(), message);
+        self.contents.fail(FileProblem { line, column, ..problem })
     }
 
     fn remember(&mut self, path: &Arc<Path>, signature: Option<Signature>, hash: Option<u64>) {

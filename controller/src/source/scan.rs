@@ -156,7 +156,7 @@ impl Walk {
     }
 
     fn complain(&mut self, path: &Path, message: String) {
-        self.found.problems.push(FileProblem { path: path.into(), line: None, column: None, message });
+        self.found.problems.push(FileProblem::unreadable(path.into(), message));
     }
 }
 
@@ -204,19 +204,20 @@ pub(crate) fn read(path: &Path, size_max: u64) -> Result<(Vec<u8>, Signature), R
 
 /// Reads `path` into `contents`, whatever its name; for `check`, which looks once.
 pub(crate) fn read_into(contents: &mut Contents, path: &Arc<Path>, size_max: u64) {
-    let problem = |line, column, message| FileProblem { path: path.clone(), line, column, message };
+    let problem = |message: String| FileProblem::unreadable(path.clone(), message);
     match read(path, size_max) {
         Ok((bytes, _)) => match documents(&bytes, format(path).unwrap_or(Format::Yaml)) {
             Ok(documents) => contents.load(path, documents),
             Err(error) => {
-                contents.fail(problem(error.line, error.column, error.message));
+                let problem = problem(error.message);
+                contents.fail(FileProblem { line: error.line, column: error.column, ..problem });
             }
         },
         Err(ReadError::Gone) => {
-            contents.fail(problem(None, None, "does not exist".into()));
+            contents.fail(problem("does not exist".into()));
         }
         Err(ReadError::Failed(message)) => {
-            contents.fail(problem(None, None, message));
+            contents.fail(problem(message));
         }
     }
 }
