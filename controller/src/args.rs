@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
 use crate::proxy_stub::{AccessLogConfig, Config, Destination, Drain, Format, Limits, Timeouts};
@@ -16,10 +16,10 @@ use crate::translate::Options;
 
 const EXAMPLES: &str = "\
 Examples:
-  lockgate demo                              see it work: two applications, TLS, a canary, no cluster
+  lockgate demo                              see it all work on this machine
   lockgate check ./manifests                 what would Lockgate do with these files?
   lockgate ingress --manifests ./manifests   serve them, and follow every edit
-  lockgate explain https://shop.example/cart --manifests ./manifests
+  lockgate explain shop.example/cart --manifests ./manifests
                                              which rule serves this URL, and why?
 
 'lockgate COMMAND --help' explains a command's flags. Every flag can also be set by the
@@ -70,6 +70,16 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// Reads the command line; ends the process with a message if it makes no sense.
+    pub fn read() -> Cli {
+        // Help names each variable; its value now is not what one asks help for.
+        let hidden = |command: clap::Command| command.mut_args(|arg| arg.hide_env_values(true));
+        let matches = Cli::command().mut_subcommands(hidden).get_matches();
+        Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
 }
 
 /// The subcommands.
@@ -262,7 +272,6 @@ impl IngressArgs {
             trusted: self.trusted_proxies.clone(),
             access_log: self.access_log(),
             drain: Drain { grace: self.stop.shutdown_grace_period.0, deadline: self.stop.drain_timeout.0 },
-            ..defaults
         }
     }
 
@@ -476,8 +485,6 @@ fn parse_key(text: &str) -> Result<Key, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

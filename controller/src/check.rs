@@ -15,6 +15,12 @@ use crate::translate::translate;
 
 pub(crate) mod routes;
 
+/// Longer names push what follows them to the right.
+const NAME_WIDTH_MAX: usize = 48;
+
+/// Names listed of each kind that is not supported.
+const NAMES_MAX: usize = 3;
+
 /// What becomes of one object. The order is that of severity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -69,14 +75,20 @@ pub fn run(args: &CheckArgs) -> u8 {
     let contents = read_all(&args.paths, &args.objects);
     let report = Report::new(&contents, &args.objects);
     match args.output {
-        Output::Json => match serde_json::to_string_pretty(&report) {
-            Ok(json) => println!("{json}"),
-            Err(error) => eprintln!("lockgate: cannot write the report as JSON: {error}"),
-        },
+        Output::Json => {
+            let mut text = Text::new(false);
+            match serde_json::to_string_pretty(&report) {
+                Ok(json) => text.plain(&json).line(),
+                Err(error) => {
+                    text.plain(&format!("lockgate: the report cannot be written as JSON: {error}")).line()
+                }
+            };
+            text.print();
+        }
         Output::Text => {
             let mut text = Text::for_stdout();
             report.print(&mut text);
-            print!("{}", text.finish());
+            text.print();
         }
     }
     report.exit_status(args.strict)
@@ -217,16 +229,16 @@ impl Report {
     }
 
     fn print_objects(&self, text: &mut Text) {
-        if self.objects.is_empty() {
-            return;
+        let (unsupported, objects): (Vec<&Entry>, Vec<&Entry>) =
+            self.objects.iter().partition(|entry| entry.verdict == Verdict::Unsupported);
+        if !objects.is_empty() {
+            text.line().put(Tone::Heading, "Objects").line();
         }
-        text.line().put(Tone::Heading, "Objects").line();
-        let width =
-            self.objects.iter().map(|entry| entry.object.to_string().chars().count()).max().unwrap_or(0);
-        for entry in &self.objects {
+        let width = objects.iter().map(|entry| entry.object.to_string().chars().count()).max().unwrap_or(0);
+        let width = width.min(NAME_WIDTH_MAX);
+        for entry in objects {
             let (tone, word) = match entry.verdict {
-                Verdict::Accepted => (Tone::Good, "accepted"),
-                Verdict::Unsupported => (Tone::Warning, "not yet"),
+                Verdict::Accepted | Verdict::Unsupported => (Tone::Good, "accepted"),
                 Verdict::Differs => (Tone::Warning, "differs"),
                 Verdict::Refused => (Tone::Bad, "refused"),
             };
@@ -240,6 +252,7 @@ impl Report {
                 print_notice(text, notice);
             }
         }
+        print_unsupported(text, &unsupported);
     }
 
     fn print_sum(&self, text: &mut Text) {
@@ -264,6 +277,29 @@ impl Report {
         }
         text.line();
     }
+}
+
+/// One line for each kind: there is the same to say about all of them.
+fn print_unsupported(text: &mut Text, entries: &[&Entry]) {
+    let mut kinds: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for entry in entries {
+        let ObjectRef { kind, namespace, name } = &entry.object;
+        let name = if namespace.is_empty() { name.to_string() } else { format!("{namespace}/{name}") };
+        kinds.entry(kind.as_str()).or_default().push(name);
+    }
+    if !kinds.is_empty() {
+        text.line().put(Tone::Heading, "Not supported yet").line();
+    }
+    let row = |(kind, mut names): (&str, Vec<String>)| {
+        let total = names.len();
+        names.truncate(NAMES_MAX);
+        if total > NAMES_MAX {
+            names.push(format!("and {} more", total - NAMES_MAX));
+        }
+        vec![(Tone::Warning, count(total, kind)), (Tone::Plain, names.join(", "))]
+    };
+    let rows: Vec<_> = kinds.into_iter().map(row).collect();
+    text.table(2, &rows);
 }
 
 fn print_notice(text: &mut Text, notice: &Notice) {

@@ -54,7 +54,7 @@ fn ask_files(path: PathBuf, args: &ExplainArgs, question: &Question) -> u8 {
     let router = Router::empty().compile(desired.routes, &Live::default());
     let mut text = Text::for_stdout();
     let served = explain(&mut text, &router, question);
-    print!("{}", text.finish());
+    text.print();
     u8::from(!served)
 }
 
@@ -62,13 +62,11 @@ async fn ask_admin(admin: SocketAddr, args: &ExplainArgs) -> u8 {
     let mut query = format!("/debug/explain?url={}&method={}", encode(&args.url), encode(&args.method));
     args.headers.iter().for_each(|header| query.push_str(&format!("&header={}", encode(header))));
     match crate::admin::get(admin, &query).await {
-        Ok((200, body)) => {
-            print!("{body}");
-            0
-        }
-        Ok((404, body)) => {
-            print!("{body}");
-            1
+        Ok((status @ (200 | 404), body)) => {
+            let mut text = Text::for_stdout();
+            text.plain(&body);
+            text.print();
+            u8::from(status != 200)
         }
         Ok((status, body)) => fail(&format!("{admin} answers {status}: {}", printable(body.trim()))),
         Err(error) => fail(&format!(

@@ -3,13 +3,12 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use lockgate_controller::args::{Cli, Command};
 use lockgate_controller::{check, demo, explain, ingress};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read();
     log_to_stderr(&cli.command);
     // Traffic has threads of its own; this one reads, translates and publishes.
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {

@@ -125,7 +125,11 @@ impl Notice {
     }
 
     /// A notice of level `Warning`.
-    pub fn warning(field: impl Into<String>, message: impl Into<String>, remedy: impl Into<String>) -> Notice {
+    pub fn warning(
+        field: impl Into<String>,
+        message: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Notice {
         Notice { level: Level::Warning, ..Notice::error(field, message, remedy) }
     }
 

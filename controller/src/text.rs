@@ -1,7 +1,7 @@
 //! Plain text for people: aligned columns, and colours on a terminal.
 
-use std::fmt::Write;
-use std::io::IsTerminal;
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
 
 /// What a piece of text means; the colour follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +83,13 @@ impl Text {
             self.line();
         }
         self
+    }
+
+    /// Writes everything to standard output. A reader that has seen enough
+    /// (`| head`) is no error.
+    pub(crate) fn print(self) {
+        let mut out = std::io::stdout().lock();
+        let _ = out.write_all(self.out.as_bytes()).and_then(|()| out.flush());
     }
 
     pub(crate) fn finish(self) -> String {
