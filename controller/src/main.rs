@@ -37,7 +37,8 @@ fn log_to_stderr(command: &Command) {
     let default = match command {
         Command::Ingress(_) => "info",
         // These print their own account of things.
-        Command::Demo(_) | Command::Check(_) | Command::Explain(_) => "off",
+        Command::Demo(_) => "warn",
+        Command::Check(_) | Command::Explain(_) => "off",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
