@@ -19,8 +19,8 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
 use crate::explain::{Question, decode, explain};
-use crate::proxy_stub::{Live, Routes};
 use crate::text::Text;
+use lockgate_proxy::router::{Live, Routes};
 
 /// Further connections wait until one of these ends.
 const CONNECTIONS_MAX: usize = 64;

@@ -9,10 +9,11 @@ use std::time::Duration;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
-use crate::proxy_stub::{AccessLogConfig, Config, Destination, Drain, Format, Limits, Timeouts};
 use crate::source::FolderOptions;
 use crate::store::Key;
 use crate::translate::Options;
+use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
+use lockgate_proxy::config::{Config, Drain, Limits, Timeouts};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -272,6 +273,7 @@ impl IngressArgs {
             trusted: self.trusted_proxies.clone(),
             access_log: self.access_log(),
             drain: Drain { grace: self.stop.shutdown_grace_period.0, deadline: self.stop.drain_timeout.0 },
+            ..defaults
         }
     }
 

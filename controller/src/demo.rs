@@ -12,10 +12,11 @@ use tokio::time::{Instant, timeout};
 
 use crate::admin::{self, AdminState};
 use crate::args::DemoArgs;
-use crate::proxy_stub::{Config, Drain, Proxy};
 use crate::publish::{Publishing, Translation};
 use crate::source::{Folder, FolderOptions};
 use crate::translate::Options;
+use lockgate_proxy::Proxy;
+use lockgate_proxy::config::{Config, Drain};
 
 mod application;
 mod folder;

@@ -9,9 +9,9 @@ use lockgate_proxy::table::{Action, Host, HostPattern, PathMatch, Rule, RuleLimi
 
 use crate::args::ExplainArgs;
 use crate::check::{self, routes};
-use crate::proxy_stub::{Found, Live, Router};
 use crate::text::{Text, Tone, count, printable};
 use crate::translate::translate;
+use lockgate_proxy::router::{Found, Live, Router};
 
 mod question;
 

@@ -10,10 +10,10 @@ use tracing::{info, warn};
 
 use crate::admin::{self, AdminState};
 use crate::args::IngressArgs;
-use crate::proxy_stub::Proxy;
 use crate::publish::{Publishing, Translation};
 use crate::source::{Folder, Snapshot};
 use crate::text::count;
+use lockgate_proxy::Proxy;
 
 /// Runs until a signal ends it; returns once everything is drained.
 ///

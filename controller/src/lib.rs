@@ -14,7 +14,6 @@ pub mod demo;
 pub mod explain;
 pub mod ingress;
 pub mod objects;
-pub mod proxy_stub;
 pub mod publish;
 pub mod source;
 pub mod store;

@@ -10,8 +10,25 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod access_log;
+pub mod balance;
+mod buffer;
 pub mod certificate;
+pub mod clock;
+pub mod config;
+mod conn;
+pub mod endpoint;
+mod http;
+mod listener;
+pub mod metrics;
+mod proxy;
+pub mod router;
+pub mod split;
 pub mod table;
+pub mod tls;
 
 pub use certificate::Certificate;
+pub use config::Config;
+pub use proxy::{Proxy, StartError};
+pub use router::{Publisher, Router, Routes};
 pub use table::RoutingTable;

@@ -1,0 +1,147 @@
+//! What stays fixed for the life of the process.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::access_log::AccessLogConfig;
+use crate::endpoint::Ejection;
+use crate::tls::TlsOptions;
+
+/// How the proxy runs. Routes are not here: they are published while it runs.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Plaintext listeners. Port 0 takes a free one, the same for every worker.
+    pub http: Vec<SocketAddr>,
+    /// TLS listeners.
+    pub https: Vec<SocketAddr>,
+    /// Worker threads, each with its own sockets, pools and buffers.
+    pub workers: usize,
+    /// Sizes and counts.
+    pub limits: Limits,
+    /// Versions and protocols offered over TLS.
+    pub tls: TlsOptions,
+    /// Deadlines.
+    pub timeouts: Timeouts,
+    /// Peers whose `X-Forwarded-*` are believed. Empty: nobody's.
+    pub trusted: Vec<IpNet>,
+    /// Where access logs go; `None`: nowhere.
+    pub access_log: Option<AccessLogConfig>,
+    /// How a stop proceeds.
+    pub drain: Drain,
+    /// When an endpoint that keeps failing is left alone for a while.
+    pub ejection: Ejection,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            http: Vec::new(),
+            https: Vec::new(),
+            workers: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            limits: Limits::default(),
+            tls: TlsOptions::default(),
+            timeouts: Timeouts::default(),
+            trusted: Vec::new(),
+            access_log: None,
+            drain: Drain::default(),
+            ejection: Ejection::default(),
+        }
+    }
+}
+
+/// Sizes and counts, each with the answer a client gets beyond it.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Request line and headers together, in bytes: 431.
+    pub header_bytes: usize,
+    /// Header fields: 431. At most [`MAX_HEADERS`].
+    pub headers: usize,
+    /// Request target in bytes: 414.
+    pub target_bytes: usize,
+    /// Request body in bytes: 413. `None`: no limit.
+    pub body_bytes: Option<u64>,
+    /// Client connections per worker; beyond it new ones wait in the kernel's queue.
+    pub connections: usize,
+    /// Idle connections kept per endpoint and worker.
+    pub idle_upstream: usize,
+    /// Endpoints tried for one request.
+    pub tries: u32,
+    /// Concurrent streams a client may open on one HTTP/2 connection.
+    pub h2_streams: u32,
+}
+
+/// The most header fields a message may have, whatever [`Limits::headers`] says.
+pub const MAX_HEADERS: usize = 128;
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            header_bytes: 32 << 10,
+            headers: 100,
+            target_bytes: 8 << 10,
+            body_bytes: None,
+            connections: 16_384,
+            idle_upstream: 256,
+            tries: 3,
+            h2_streams: 128,
+        }
+    }
+}
+
+/// Deadlines. None is infinite.
+#[derive(Clone, Debug)]
+pub struct Timeouts {
+    /// From the first byte of a request to the end of its headers: 408.
+    pub header: Duration,
+    /// An idle client connection between two requests: closed without a word.
+    pub keep_alive: Duration,
+    /// Between two reads of a request body, and between two writes to a client.
+    pub client: Duration,
+    /// Until a TLS handshake with a client is complete.
+    pub handshake: Duration,
+    /// Until a connection to an endpoint is established, TLS included: next endpoint, then 504.
+    pub connect: Duration,
+    /// Between two writes to an endpoint: 504.
+    pub send: Duration,
+    /// Between two reads from an endpoint: 504.
+    pub read: Duration,
+    /// An idle pooled connection to an endpoint.
+    pub idle_upstream: Duration,
+    /// A tunnel (WebSocket) on which neither side speaks.
+    pub tunnel: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Timeouts {
+        Timeouts {
+            header: Duration::from_secs(15),
+            keep_alive: Duration::from_secs(75),
+            client: Duration::from_secs(60),
+            handshake: Duration::from_secs(10),
+            connect: Duration::from_secs(5),
+            send: Duration::from_secs(60),
+            read: Duration::from_secs(60),
+            idle_upstream: Duration::from_secs(60),
+            tunnel: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// How a stop proceeds: not ready at once, listeners close after `grace`,
+/// connections finish until `deadline` has passed after that.
+#[derive(Clone, Debug)]
+pub struct Drain {
+    /// New connections are still accepted this long, while load balancers
+    /// notice the failing readiness probe.
+    pub grace: Duration,
+    /// What has not finished by then is cut.
+    pub deadline: Duration,
+}
+
+impl Default for Drain {
+    fn default() -> Drain {
+        Drain { grace: Duration::from_secs(5), deadline: Duration::from_secs(240) }
+    }
+}

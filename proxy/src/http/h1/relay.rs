@@ -1,0 +1,264 @@
+//! HTTP/1 on both sides: the response of an endpoint on its way to the client.
+
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use crate::buffer::{Buffer, Output};
+use crate::clock;
+use crate::conn::Conn;
+use crate::http::exchange::{Failure, Order, Piece, Source, UploadError, step};
+use crate::http::forward::{Delivery, write_response};
+use crate::http::head::{Framing, HeaderRoom};
+use crate::http::record::Record;
+use crate::http::response::{BadResponse, ResponseHead};
+use crate::metrics::Reject;
+use crate::timer::Timer;
+use crate::upstream::{Peer, Upstream};
+
+use super::body::Incoming;
+use super::upload::Upload;
+use super::{Http1, Next, Plan, Shape, send};
+
+/// A small body is sent in the same write as its head.
+const INLINE_BODY: usize = 8 << 10;
+
+/// The client's half of an HTTP/1 connection during one exchange.
+pub(super) struct FromClient<'c> {
+    pub(super) conn: &'c mut Conn,
+    pub(super) input: &'c mut Buffer,
+    pub(super) upload: Upload,
+    /// HTTP/1.0 knows no interim responses.
+    pub(super) minor: u8,
+    pub(super) write_timeout: std::time::Duration,
+}
+
+impl Source for FromClient<'_> {
+    fn poll_upload(&mut self, cx: &mut Context<'_>, endpoint: &mut Conn) -> Poll<Result<(), UploadError>> {
+        self.upload.poll(cx, self.conn, self.input, endpoint)
+    }
+
+    fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Result<Piece, UploadError>> {
+        self.upload.poll_piece(cx, self.conn, self.input)
+    }
+
+    fn is_done(&self) -> bool {
+        self.upload.is_done()
+    }
+
+    fn is_active(&self) -> bool {
+        self.upload.is_active()
+    }
+
+    fn has_started(&self) -> bool {
+        self.upload.has_started()
+    }
+
+    fn abandon(&mut self) {
+        self.upload.abandon();
+    }
+
+    /// A half-closed client still wants its answer; one that is really gone shows when we write.
+    fn poll_gone(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Pending
+    }
+
+    async fn interim(&mut self, timer: &mut Timer, head: &[u8]) -> bool {
+        self.minor == 0 || send(timer, self.conn, self.write_timeout, [head, &[], &[]]).await
+    }
+}
+
+/// What a response head says about the rest of the exchange.
+struct Reply {
+    status: u16,
+    framing: Framing,
+    delivery: Delivery,
+    reusable: bool,
+    switches: bool,
+}
+
+impl Http1 {
+    /// Forwards the request whose head is in `out`.
+    pub(super) async fn forward(
+        &mut self,
+        order: &Order<'_>,
+        plan: &Plan<'_>,
+        out: &mut Output,
+        record: &mut Record,
+    ) -> Next {
+        let limit = order.body_limit();
+        if let Framing::Length(n) = plan.shape.framing
+            && n > limit
+        {
+            out.clear();
+            self.worker.metrics.rejected(Reject::BodyTooLarge);
+            return self.answer(plan.shape, 413, "request body too large", out, record).await;
+        }
+        let mut framing = plan.shape.framing;
+        if let Framing::Length(n) = framing
+            && n <= self.input.len().min(INLINE_BODY) as u64
+        {
+            out.extend_from_slice(&self.input.filled()[..n as usize]);
+            self.input.consume(n as usize);
+            record.bytes_in = n;
+            framing = Framing::None;
+        }
+        let Http1 { conn, input, timer, worker, .. } = self;
+        let write_timeout = worker.config.timeouts.client;
+        let upload = Upload::new(framing, limit);
+        let mut source = FromClient { conn, input, upload, minor: plan.shape.minor, write_timeout };
+        let mut answer = Buffer::new();
+        let failure = match order.obtain(timer, &mut source, out, &mut answer, record).await {
+            Err(failure) => failure,
+            Ok((upstream, peer)) => {
+                let relayed =
+                    relay(order, timer, &mut source, plan, &upstream, peer, answer, out, record).await;
+                record.bytes_in += source.upload.bytes;
+                match relayed {
+                    Ok(next) => return next,
+                    Err(failure) => failure,
+                }
+            }
+        };
+        let shape = source.upload.shape_left(plan.shape);
+        self.answer_failure(shape, &failure, out, record).await
+    }
+
+    /// Answers for an endpoint that could not.
+    pub(super) async fn answer_failure(
+        &mut self,
+        shape: Shape,
+        failure: &Failure,
+        out: &mut Output,
+        record: &mut Record,
+    ) -> Next {
+        let Some((status, reason)) = failure.answer() else {
+            (record.status, record.reason) = (499, "client closed the connection");
+            return Next::Close(false);
+        };
+        if status == 413 {
+            self.worker.metrics.rejected(Reject::BodyTooLarge);
+        }
+        out.clear();
+        self.answer(shape, status, reason, out, record).await
+    }
+}
+
+/// Relays the response in `answer`. An error means that nothing of it has been sent.
+async fn relay(
+    order: &Order<'_>,
+    timer: &mut Timer,
+    source: &mut FromClient<'_>,
+    plan: &Plan<'_>,
+    upstream: &Rc<Upstream>,
+    mut peer: Peer,
+    mut answer: Buffer,
+    out: &mut Output,
+    record: &mut Record,
+) -> Result<Next, Failure> {
+    let reply = match reply(order, source, plan, &mut answer, out) {
+        Ok(reply) => reply,
+        Err(BadResponse(reason)) => return Err(Failure::Nonsense(reason)),
+    };
+    (record.status, record.upstream_status) = (reply.status, reply.status);
+    if reply.switches {
+        order.worker.metrics.upgrades.inc();
+        return Ok(match send(timer, source.conn, source.write_timeout, [out, &[], &[]]).await {
+            true => Next::Tunnel(Box::new(peer), answer),
+            false => Next::Close(false),
+        });
+    }
+    let delivered = deliver(order, timer, source, &reply, &mut peer.conn, &mut answer, out, record).await;
+    if let Err(reason) = delivered {
+        // The client sees a body cut short; there is no other way to tell it.
+        record.reason = reason;
+        return Ok(Next::Close(false));
+    }
+    if reply.reusable && source.is_done() && answer.is_empty() {
+        order.worker.upstreams.keep(upstream, peer, clock::now_ms());
+    }
+    Ok(match (reply.delivery.keep_alive, source.is_done()) {
+        (true, true) => Next::Again,
+        (_, done) => Next::Close(!done),
+    })
+}
+
+/// Reads the response head in `answer` and writes the client's into `out`.
+fn reply(
+    order: &Order<'_>,
+    source: &FromClient<'_>,
+    plan: &Plan<'_>,
+    answer: &mut Buffer,
+    out: &mut Output,
+) -> Result<Reply, BadResponse> {
+    let mut room = HeaderRoom::new();
+    let Some(head) = ResponseHead::parse(answer.filled(), &mut room, plan.shape.is_head)? else {
+        return Err(BadResponse("malformed response head"));
+    };
+    let switches = head.status == 101;
+    if switches && !plan.wants_upgrade {
+        return Err(BadResponse("endpoint switched protocols unasked"));
+    }
+    let delivery = delivery(order, plan.shape, head.framing, source.is_done());
+    let extra = order.forward.split.bucket_line(order.forward.choice);
+    out.clear();
+    write_response(out, &head, delivery, &extra);
+    let reply =
+        Reply { status: head.status, framing: head.framing, delivery, reusable: head.keep_alive, switches };
+    let length = head.length;
+    drop(head);
+    answer.consume(length);
+    Ok(reply)
+}
+
+/// How a response with this body reaches a client of this request.
+pub(super) fn delivery(order: &Order<'_>, shape: Shape, framing: Framing, uploaded: bool) -> Delivery {
+    let framing = match (framing, shape.minor) {
+        (Framing::Close | Framing::Chunked, 1) => Framing::Chunked,
+        (Framing::Close | Framing::Chunked, _) => Framing::Close,
+        (framing, _) => framing,
+    };
+    let stays = uploaded && framing != Framing::Close && !order.worker.is_draining();
+    Delivery { framing, keep_alive: shape.keep_alive && stays, minor: shape.minor }
+}
+
+/// Moves the body. The head in `out` leaves with its first piece.
+async fn deliver(
+    order: &Order<'_>,
+    timer: &mut Timer,
+    source: &mut FromClient<'_>,
+    reply: &Reply,
+    endpoint: &mut Conn,
+    answer: &mut Buffer,
+    out: &mut Output,
+    record: &mut Record,
+) -> Result<(), &'static str> {
+    let chunked = reply.delivery.framing == Framing::Chunked;
+    let mut body = Incoming::new(reply.framing);
+    let mut after = Output::take();
+    let mut ended = false;
+    loop {
+        let mut piece = body.next(answer).map_err(|e| e.0)?;
+        piece.done |= ended && body.ends_at_close();
+        if ended && !piece.done {
+            return Err("endpoint closed the connection within a response body");
+        }
+        body.frame(chunked, piece, out, &mut after);
+        let parts = [out.as_slice(), &answer.filled()[..piece.data], after.as_slice()];
+        if !send(timer, source.conn, source.write_timeout, parts).await {
+            return Err("client closed the connection");
+        }
+        record.bytes_out += piece.data as u64;
+        out.clear();
+        answer.consume(piece.consumed);
+        if piece.done {
+            return Ok(());
+        }
+        answer.release();
+        ended = match step(timer, source, endpoint, answer, order.read_deadline()).await {
+            Ok(n) => n == 0,
+            Err(Failure::Late) => return Err("endpoint timed out within a response body"),
+            Err(Failure::Client | Failure::Answer(..)) => return Err("client closed the connection"),
+            Err(Failure::Endpoint(reason) | Failure::Nonsense(reason)) => return Err(reason),
+        };
+    }
+}

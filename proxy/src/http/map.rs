@@ -1,0 +1,96 @@
+//! Header maps, as HTTP/2 has them.
+
+use std::net::IpAddr;
+
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+use crate::buffer::Output;
+use crate::view::RequestView;
+
+use super::chunked::header_map;
+use super::client::{Claims, Client, Forwarded};
+use super::field::{Field, classify};
+use super::forward::{RequestId, put};
+
+/// Fields that HTTP/2 forbids (RFC 9113 section 8.2.2).
+pub(crate) fn is_connection_specific(name: &HeaderName) -> bool {
+    matches!(
+        classify(name.as_str().as_bytes()),
+        Field::Connection | Field::TransferEncoding | Field::Upgrade | Field::HopByHop
+    )
+}
+
+/// Fields we set ourselves, or that end here: not taken over from a request.
+pub(crate) fn is_replaced(name: &HeaderName) -> bool {
+    !matches!(
+        classify(name.as_str().as_bytes()),
+        Field::Other | Field::UserAgent | Field::Referer | Field::ContentLength | Field::Te | Field::Expect
+    )
+}
+
+/// The forwarded headers of a request.
+pub(crate) fn claims(headers: &HeaderMap) -> Claims<'_> {
+    let get = |name: &str| headers.get(name).map(HeaderValue::as_bytes);
+    Claims {
+        for_: get("x-forwarded-for"),
+        proto: get("x-forwarded-proto"),
+        host: get("x-forwarded-host"),
+        port: get("x-forwarded-port"),
+    }
+}
+
+/// Adds what endpoints are told of the client.
+pub(crate) fn add_forwarded(
+    headers: &mut HeaderMap,
+    client: &Client,
+    forwarded: &Forwarded<'_>,
+    host: &[u8],
+    id: &RequestId,
+) {
+    let mut lines = Output::take();
+    client.write_forwarded(&mut lines, forwarded);
+    let host = forwarded.claims.host.unwrap_or(host);
+    put(&mut lines, &[b"X-Forwarded-Host: ", host, b"\r\nX-Request-ID: ", id.as_bytes(), b"\r\n"]);
+    headers.extend(header_map(&lines).unwrap_or_default());
+}
+
+/// Writes a map as HTTP/1 lines.
+pub(crate) fn write_lines(out: &mut Vec<u8>, headers: &HeaderMap) {
+    for (name, value) in headers {
+        put(out, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
+    }
+}
+
+/// HTTP/1 has one Cookie line (RFC 9113 section 8.2.3).
+pub(crate) fn write_cookies(out: &mut Vec<u8>, headers: &HeaderMap) {
+    let mut first = true;
+    for value in headers.get_all(header::COOKIE) {
+        put(out, &[if first { b"cookie: " as &[u8] } else { b"; " }, value.as_bytes()]);
+        first = false;
+    }
+    if !first {
+        out.extend_from_slice(b"\r\n");
+    }
+}
+
+/// A request's headers and who sent it: what routing may look at.
+pub(crate) struct MapView<'a> {
+    pub(crate) headers: &'a HeaderMap,
+    pub(crate) client: IpAddr,
+}
+
+impl RequestView for MapView<'_> {
+    fn header(&self, name: &str) -> Option<&[u8]> {
+        self.headers.get(name).map(HeaderValue::as_bytes)
+    }
+
+    fn for_each_header<'a>(&'a self, name: &str, visit: &mut dyn FnMut(&'a [u8])) {
+        for value in self.headers.get_all(name) {
+            visit(value.as_bytes());
+        }
+    }
+
+    fn client(&self) -> IpAddr {
+        self.client
+    }
+}

@@ -1,0 +1,160 @@
+//! Sockets, and the loop that turns accepted connections into tasks.
+//!
+//! Every worker binds each address itself (`SO_REUSEPORT`): the kernel spreads
+//! connections, and no worker waits for another.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::buffer::Buffer;
+use crate::conn::Conn;
+use crate::http::client::{Client, ClientTls};
+use crate::http::{h1, h2};
+use crate::timer::Timer;
+use crate::worker::{Presence, Worker};
+
+/// Connections the kernel holds for us before they are accepted.
+const BACKLOG: i32 = 4096;
+
+/// After an accept failed for want of descriptors or memory.
+const BREATHER: Duration = Duration::from_millis(20);
+
+/// What every HTTP/2 connection begins with (RFC 9113 section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Binds `address` for one of several workers.
+pub(crate) fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Accepts until `stop` turns true.
+pub(crate) async fn accept(
+    worker: Rc<Worker>,
+    listener: std::net::TcpListener,
+    tls: bool,
+    mut stop: watch::Receiver<bool>,
+) -> io::Result<()> {
+    let listener = TcpListener::from_std(listener)?;
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => return Ok(()),
+            accepted = room_for_one(&worker, &listener) => accepted,
+        };
+        match accepted {
+            Ok((tcp, peer)) => {
+                worker.metrics.listener(tls).accepted.inc();
+                tokio::task::spawn_local(connection(worker.clone(), tcp, peer, tls));
+            }
+            Err(error) if is_exhaustion(&error) => {
+                tracing::warn!(%error, "cannot accept; raise the limit on open files (ulimit -n)");
+                tokio::time::sleep(BREATHER).await;
+            }
+            // The client was gone before we got to it.
+            Err(error) => tracing::debug!(%error, "accept"),
+        }
+    }
+}
+
+/// Accepts once this worker has room; until then the kernel's queue holds the clients.
+async fn room_for_one(worker: &Worker, listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    while worker.connections() >= worker.config.limits.connections {
+        tokio::time::sleep(BREATHER).await;
+    }
+    listener.accept().await
+}
+
+fn is_exhaustion(error: &io::Error) -> bool {
+    const ENFILE: i32 = 23;
+    const EMFILE: i32 = 24;
+    const ENOBUFS: i32 = 105;
+    const ENOMEM: i32 = 12;
+    matches!(error.raw_os_error(), Some(ENFILE | EMFILE | ENOBUFS | ENOMEM))
+}
+
+/// One downstream connection, from accept to close.
+async fn connection(worker: Rc<Worker>, tcp: TcpStream, peer: SocketAddr, tls: bool) {
+    let presence = Presence::new(worker.clone());
+    let Ok(local) = tcp.local_addr() else { return };
+    if tcp.set_nodelay(true).is_err() {
+        return;
+    }
+    if !tls {
+        let client = Client::new(peer, local, &worker.config.trusted, None);
+        return plaintext(worker, tcp, client, presence).await;
+    }
+    let Some((conn, tls, h2)) = handshake(&worker, tcp).await else { return };
+    let client = Client::new(peer, local, &worker.config.trusted, Some(tls));
+    match h2 {
+        true => h2::serve(worker, conn, client, presence, Buffer::new()).await,
+        false => h1::serve(worker, conn, client, presence, Buffer::new()).await,
+    }
+}
+
+/// The TLS handshake, and whether the client chose HTTP/2.
+async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, bool)> {
+    let acceptor = worker.tls.acceptor();
+    let handshake = tokio::time::timeout(worker.config.timeouts.handshake, acceptor.accept(tcp)).await;
+    let stream = match handshake {
+        Ok(Ok(stream)) => stream,
+        failed => {
+            worker.metrics.handshakes_failed.inc();
+            if let Ok(Err(error)) = failed {
+                tracing::debug!(%error, "TLS handshake");
+            }
+            return None;
+        }
+    };
+    let session = stream.get_ref().1;
+    worker.metrics.handshakes_ok.inc();
+    if session.handshake_kind() == Some(rustls::HandshakeKind::Resumed) {
+        worker.metrics.handshakes_resumed.inc();
+    }
+    let h2 = session.alpn_protocol() == Some(b"h2");
+    let server_name = session.server_name().map(|n| n.trim_end_matches('.').to_ascii_lowercase());
+    let version = match session.protocol_version() {
+        Some(rustls::ProtocolVersion::TLSv1_3) => "TLSv1.3",
+        _ => "TLSv1.2",
+    };
+    let certificate = Some(worker.tls.served_for(server_name.as_deref()));
+    let tls = ClientTls { server_name, certificate, version };
+    Some((Conn::Tls(Box::new(stream.into())), tls, h2))
+}
+
+/// A plaintext connection: HTTP/2 if it begins with the preface, else HTTP/1.
+async fn plaintext(worker: Rc<Worker>, tcp: TcpStream, client: Client, presence: Presence) {
+    let mut conn = Conn::Plain(tcp);
+    let mut input = Buffer::new();
+    let mut timer = Timer::new(Instant::now() + worker.config.timeouts.keep_alive);
+    let deadline = Instant::now() + worker.config.timeouts.header;
+    loop {
+        let filled = timer.within(deadline, std::future::poll_fn(|cx| conn.poll_fill(cx, &mut input))).await;
+        match filled {
+            Ok(Ok(n)) if n > 0 => {}
+            _ => return,
+        }
+        let compared = input.len().min(PREFACE.len());
+        if input.filled()[..compared] != PREFACE[..compared] {
+            return h1::serve(worker, conn, client, presence, input).await;
+        }
+        if compared == PREFACE.len() {
+            return h2::serve(worker, conn, client, presence, input).await;
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! The compiled table: host to rule to backend to endpoint, immutable, shared
+//! between generations wherever nothing changed, and live by one store.
+//!
+//! ```text
+//!  hosts:  exact ─► wildcard ─► any     two 256-way nodes by hash, then a compare
+//!            └─► path trie ─► rule ─► split ─► backend ─► pool slot
+//!  pools:  slot ─► endpoints ─► live state     changing one compiles no host
+//! ```
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+
+use crate::balance::CompiledPool;
+use crate::certificate::Certificate;
+use crate::endpoint::Endpoints;
+use crate::metrics::Metrics;
+use crate::split::CompiledSplit;
+use crate::table::{Origin, PathMatch, PoolKey, RoutingTable, RuleLimits};
+use crate::tls::{Candidates, CertificateLookup};
+
+mod compile;
+mod host_map;
+mod path_trie;
+mod slots;
+
+use host_map::ByHost;
+use path_trie::PathTrie;
+use slots::{Numbers, Pools, Slots};
+
+/// What outlives generations: one per process.
+#[derive(Debug, Default)]
+pub struct Live {
+    /// Health and load by address.
+    pub endpoints: Endpoints,
+    /// Counters.
+    pub metrics: Metrics,
+}
+
+/// One generation of hosts, rules, endpoints and certificates. A request that
+/// holds it sees all of them as they were published together.
+pub struct Router {
+    table: RoutingTable,
+    generation: u64,
+    hosts: ByHost<Arc<CompiledHost>>,
+    certificates: ByHost<Arc<Vec<Arc<Certificate>>>>,
+    pools: Pools,
+    slots: Slots,
+    /// Of [`crate::balance::Turns`], for splits.
+    turns: Numbers,
+    vacant: Arc<CompiledPool>,
+}
+
+/// The rules of one host.
+#[derive(Debug)]
+struct CompiledHost {
+    paths: PathTrie,
+    /// Sorted by path, each path once; the trie names them by index.
+    rules: Box<[CompiledRule]>,
+}
+
+/// What [`Router::find`] found.
+#[derive(Clone, Copy, Debug)]
+pub enum Found<'a> {
+    /// The rule for the path.
+    Rule(&'a CompiledRule),
+    /// The host has rules, but none for the path.
+    NoPath,
+    /// No pattern matches the host.
+    NoHost,
+}
+
+/// A rule, ready to act on.
+#[derive(Clone, Debug)]
+pub struct CompiledRule {
+    /// Which paths.
+    pub path: PathMatch,
+    /// Who asked for it.
+    pub origin: Arc<Origin>,
+    /// A plaintext request is redirected to https.
+    pub https_redirect: bool,
+    /// Where it differs from the process-wide limits.
+    pub limits: RuleLimits,
+    /// What is done.
+    pub action: CompiledAction,
+}
+
+/// What a rule does with a request.
+#[derive(Clone, Debug)]
+pub enum CompiledAction {
+    /// Send it to an endpoint of one of the backends.
+    Forward(CompiledSplit),
+    /// Answer with this status and an empty body.
+    Respond {
+        /// The HTTP status.
+        status: u16,
+        /// Why.
+        reason: Arc<str>,
+    },
+}
+
+impl Router {
+    /// Generation 0: knows no host.
+    pub fn empty() -> Router {
+        Router {
+            table: RoutingTable::default(),
+            generation: 0,
+            hosts: ByHost::default(),
+            certificates: ByHost::default(),
+            pools: Pools::default(),
+            slots: Slots::default(),
+            turns: Numbers::default(),
+            vacant: Arc::new(CompiledPool::empty(u32::MAX)),
+        }
+    }
+
+    /// The next generation: this one, patched by the difference between its
+    /// table and `table`. Costs what changed (and one pass over the pointers
+    /// to pool chunks), if `table` was made from [`Router::table`] by edits.
+    pub fn compile(&self, table: RoutingTable, live: &Live) -> Router {
+        compile::Patch::new(self.fork(), live).apply(table)
+    }
+
+    fn fork(&self) -> Router {
+        Router {
+            table: self.table.clone(),
+            generation: self.generation,
+            hosts: self.hosts.clone(),
+            certificates: self.certificates.clone(),
+            pools: self.pools.clone(),
+            slots: self.slots.clone(),
+            turns: self.turns.clone(),
+            vacant: self.vacant.clone(),
+        }
+    }
+
+    /// The rule for a request. `host` is lower case, without port and trailing
+    /// dot, empty if unknown; `path` is percent-decoded and normalised, and
+    /// starts with `/`. A host that is found has the last word: a less precise
+    /// one is not asked for the path.
+    pub fn find(&self, host: &str, path: &[u8]) -> Found<'_> {
+        let Some(host) = self.hosts.find(host) else { return Found::NoHost };
+        match host.paths.find(path) {
+            Some(rule) => Found::Rule(&host.rules[rule as usize]),
+            None => Found::NoPath,
+        }
+    }
+
+    /// The pool in `slot`, as found in a [`crate::split::CompiledBackend`] of this router.
+    pub fn pool(&self, slot: u32) -> &CompiledPool {
+        self.pools.get(slot).unwrap_or(&self.vacant)
+    }
+
+    /// The pool that `key` names, if the table or a rule does.
+    pub fn pool_by_key(&self, key: &PoolKey) -> Option<&CompiledPool> {
+        self.slots.get(key).map(|slot| self.pool(slot))
+    }
+
+    /// Certificates for an SNI name (lower case, no trailing dot): the host's
+    /// own, else the wildcard's one label up, else any host's. `None`: use
+    /// [`RoutingTable::default_certificate`].
+    pub fn certificates(&self, server_name: &str) -> Option<&[Arc<Certificate>]> {
+        self.certificates.find(server_name).map(|certificates| certificates.as_slice())
+    }
+
+    /// What this was compiled from.
+    pub fn table(&self) -> &RoutingTable {
+        &self.table
+    }
+
+    /// Counts publishes that changed something, from 0.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+}
+
+/// The two halves of what is live: who publishes, and everyone who reads.
+pub fn routes(live: Arc<Live>) -> (Publisher, Routes) {
+    let routes = Routes(Arc::new(ArcSwap::from_pointee(Router::empty())));
+    (Publisher { live, routes: routes.clone(), retired: Vec::new() }, routes)
+}
+
+/// The read half.
+#[derive(Clone)]
+pub struct Routes(Arc<ArcSwap<Router>>);
+
+impl std::fmt::Debug for Routes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Routes").field("generation", &self.0.load().generation()).finish()
+    }
+}
+
+impl CertificateLookup for Routes {
+    fn certificates(&self, server_name: Option<&str>) -> Candidates {
+        let router = self.0.load();
+        let found = router.certificates(server_name.unwrap_or_default());
+        match found {
+            Some(found) => found.iter().cloned().collect(),
+            None => router.table().default_certificate.iter().cloned().collect(),
+        }
+    }
+}
+
+impl Routes {
+    /// The live generation, to be held for long or by the few who ask rarely.
+    pub fn load_full(&self) -> Arc<Router> {
+        self.0.load_full()
+    }
+
+    /// For a worker: as good as a plain reference while nothing is published.
+    pub fn cache(&self) -> RouterCache {
+        RouterCache(arc_swap::Cache::new(self.0.clone()))
+    }
+}
+
+/// One worker's view of the live generation.
+pub struct RouterCache(arc_swap::Cache<Arc<ArcSwap<Router>>, Arc<Router>>);
+
+impl RouterCache {
+    /// The live generation: one relaxed load unless there is a new one. Ask
+    /// once per request; a second answer may be a different generation.
+    pub fn load(&mut self) -> &Arc<Router> {
+        self.0.load()
+    }
+}
+
+/// The write half; there is one.
+pub struct Publisher {
+    live: Arc<Live>,
+    routes: Routes,
+    /// Generations that some worker may hold. Whoever lets go of one last
+    /// frees it; kept here until no other does, that is never a worker.
+    retired: Vec<Arc<Router>>,
+}
+
+impl Publisher {
+    /// Makes `table` live: compiles, then stores once. Returns the generation
+    /// that is live; it is the old one if the table is equal to the live one.
+    pub fn publish(&mut self, table: RoutingTable) -> u64 {
+        self.collect();
+        let current = self.routes.load_full();
+        if *current.table() == table {
+            return current.generation();
+        }
+        let next = current.compile(table, &self.live);
+        let generation = next.generation();
+        self.routes.0.store(Arc::new(next));
+        self.retired.push(current);
+        generation
+    }
+
+    /// Frees old generations that no worker holds any more. Publishing does it
+    /// too; call it once in a while if publishes are rare and tables large.
+    pub fn collect(&mut self) {
+        self.retired.retain(|router| Arc::strong_count(router) > 1);
+    }
+
+    /// The read half.
+    pub fn routes(&self) -> &Routes {
+        &self.routes
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,152 @@
+//! Connections to endpoints: opened, kept, reused. One set per worker, no locks.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use crate::conn::Conn;
+use crate::endpoint::LiveEndpoint;
+use crate::metrics::WorkerMetrics;
+use crate::table::UpstreamProtocol;
+use crate::tls;
+
+pub(crate) mod h2;
+
+/// A worker's connections, by endpoint.
+pub(crate) struct Upstreams {
+    by_id: RefCell<HashMap<u64, Rc<Upstream>, foldhash::fast::FixedState>>,
+    http1_tls: TlsConnector,
+    h2_tls: TlsConnector,
+    idle_limit: usize,
+    idle_ms: u64,
+    metrics: Arc<WorkerMetrics>,
+}
+
+/// The connections to one endpoint. An address that leaves the table keeps
+/// serving what it has; its idle connections go with the next sweep.
+pub(crate) struct Upstream {
+    pub(crate) live: Arc<LiveEndpoint>,
+    idle: RefCell<Vec<Idle>>,
+    pub(crate) h2: h2::Shared,
+}
+
+/// A connection to an endpoint, counted as open for as long as it lives.
+pub(crate) struct Peer {
+    pub(crate) conn: Conn,
+    open: Open,
+}
+
+impl Peer {
+    fn into_parts(self) -> (Open, Conn) {
+        (self.open, self.conn)
+    }
+}
+
+/// Counts a connection as open.
+struct Open(Arc<WorkerMetrics>);
+
+impl Open {
+    fn new(metrics: Arc<WorkerMetrics>) -> Open {
+        metrics.upstream_opened.inc();
+        metrics.upstream_open.inc();
+        Open(metrics)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.upstream_open.dec();
+    }
+}
+
+struct Idle {
+    peer: Peer,
+    since_ms: u64,
+}
+
+impl Upstreams {
+    pub(crate) fn new(idle_limit: usize, idle_ms: u64, metrics: Arc<WorkerMetrics>) -> Upstreams {
+        Upstreams {
+            by_id: RefCell::default(),
+            http1_tls: TlsConnector::from(tls::client_config(false)),
+            h2_tls: TlsConnector::from(tls::client_config(true)),
+            idle_limit,
+            idle_ms,
+            metrics,
+        }
+    }
+
+    /// This worker's side of an endpoint.
+    pub(crate) fn of(&self, live: &Arc<LiveEndpoint>) -> Rc<Upstream> {
+        if let Some(upstream) = self.by_id.borrow().get(&live.id) {
+            return upstream.clone();
+        }
+        let upstream =
+            Rc::new(Upstream { live: live.clone(), idle: RefCell::default(), h2: h2::Shared::default() });
+        self.by_id.borrow_mut().insert(live.id, upstream.clone());
+        upstream
+    }
+
+    /// Opens a connection; the caller bounds the time.
+    pub(crate) async fn connect(&self, upstream: &Upstream) -> io::Result<Peer> {
+        let opened = self.open(upstream).await;
+        if opened.is_err() {
+            self.metrics.upstream_failed.inc();
+        }
+        Ok(Peer { conn: opened?, open: Open::new(self.metrics.clone()) })
+    }
+
+    async fn open(&self, upstream: &Upstream) -> io::Result<Conn> {
+        let tcp = TcpStream::connect(upstream.live.address).await?;
+        tcp.set_nodelay(true)?;
+        let connector = match upstream.live.protocol {
+            UpstreamProtocol::Http1 | UpstreamProtocol::H2c => return Ok(Conn::Plain(tcp)),
+            UpstreamProtocol::Https => &self.http1_tls,
+            UpstreamProtocol::H2 => &self.h2_tls,
+        };
+        let name = ServerName::IpAddress(upstream.live.address.ip().into());
+        let tls = connector.connect(name, tcp).await?;
+        Ok(Conn::Tls(Box::new(tls.into())))
+    }
+
+    /// The most recently used idle connection that is still good.
+    pub(crate) fn checkout(&self, upstream: &Upstream) -> Option<Peer> {
+        loop {
+            let mut idle = upstream.idle.borrow_mut().pop()?;
+            if idle.peer.conn.is_reusable() {
+                self.metrics.upstream_reused.inc();
+                return Some(idle.peer);
+            }
+        }
+    }
+
+    /// Keeps a connection for the next request.
+    pub(crate) fn keep(&self, upstream: &Upstream, peer: Peer, now_ms: u64) {
+        let mut idle = upstream.idle.borrow_mut();
+        if idle.len() < self.idle_limit {
+            idle.push(Idle { peer, since_ms: now_ms });
+        }
+    }
+
+    /// A pooled connection turned out dead: its siblings have most likely died with it.
+    pub(crate) fn discard_idle(&self, upstream: &Upstream) {
+        upstream.idle.take();
+    }
+
+    /// Closes what has been idle too long, and forgets endpoints no table names any more.
+    pub(crate) fn sweep(&self, now_ms: u64) {
+        self.by_id.borrow_mut().retain(|_, upstream| {
+            // Ours and no other: neither a router nor a request holds the endpoint.
+            let unused = Rc::strong_count(upstream) == 1 && upstream.h2.is_idle();
+            let forgotten = unused && Arc::strong_count(&upstream.live) == 1;
+            upstream.idle.borrow_mut().retain(|i| now_ms.saturating_sub(i.since_ms) < self.idle_ms);
+            !forgotten
+        });
+    }
+}

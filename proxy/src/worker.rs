@@ -1,0 +1,143 @@
+//! One worker: a thread, a runtime, and everything its connections share without a lock.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Waker;
+
+use slab::Slab;
+
+use crate::access_log::WorkerLog;
+use crate::balance::Turns;
+use crate::clock;
+use crate::config::Config;
+use crate::metrics::WorkerMetrics;
+use crate::router::{Router, RouterCache};
+use crate::tls::Tls;
+use crate::upstream::Upstreams;
+
+/// Shared by the connections of one worker, through an `Rc`.
+pub(crate) struct Worker {
+    pub(crate) index: usize,
+    pub(crate) config: Arc<Config>,
+    pub(crate) metrics: Arc<WorkerMetrics>,
+    pub(crate) turns: Turns,
+    pub(crate) upstreams: Upstreams,
+    pub(crate) tls: Tls,
+    pub(crate) random: RefCell<fastrand::Rng>,
+    /// For a path that has to be rewritten before it is matched.
+    pub(crate) scratch: RefCell<Vec<u8>>,
+    pub(crate) log: RefCell<Option<WorkerLog>>,
+    /// Where `https` is, for redirects of clients that named a port.
+    pub(crate) https_port: Option<u16>,
+    routes: RefCell<RouterCache>,
+    generation: RefCell<Rc<Arc<Router>>>,
+    draining: Cell<bool>,
+    idle: RefCell<Slab<Waker>>,
+    connections: Cell<usize>,
+}
+
+/// What a worker starts with.
+pub(crate) struct Parts {
+    pub(crate) index: usize,
+    pub(crate) config: Arc<Config>,
+    pub(crate) metrics: Arc<WorkerMetrics>,
+    pub(crate) tls: Tls,
+    pub(crate) routes: RouterCache,
+    pub(crate) log: Option<WorkerLog>,
+    pub(crate) https_port: Option<u16>,
+}
+
+impl Worker {
+    pub(crate) fn new(parts: Parts) -> Rc<Worker> {
+        let Parts { index, config, metrics, tls, mut routes, log, https_port } = parts;
+        let generation = RefCell::new(Rc::new(routes.load().clone()));
+        let idle_ms = config.timeouts.idle_upstream.as_millis() as u64;
+        Rc::new(Worker {
+            index,
+            upstreams: Upstreams::new(config.limits.idle_upstream, idle_ms, metrics.clone()),
+            config,
+            metrics,
+            turns: Turns::for_worker(index as u32),
+            tls,
+            random: RefCell::new(fastrand::Rng::new()),
+            scratch: RefCell::default(),
+            log: RefCell::new(log),
+            https_port,
+            routes: RefCell::new(routes),
+            generation,
+            draining: Cell::new(false),
+            idle: RefCell::default(),
+            connections: Cell::new(0),
+        })
+    }
+
+    /// The live generation: one atomic load, and a count that no other thread touches.
+    pub(crate) fn router(&self) -> Rc<Arc<Router>> {
+        let mut routes = self.routes.borrow_mut();
+        let newest = routes.load();
+        let mut current = self.generation.borrow_mut();
+        if !Arc::ptr_eq(newest, &current) {
+            *current = Rc::new(newest.clone());
+        }
+        current.clone()
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.get()
+    }
+
+    /// Tells every connection to finish: idle ones are woken to close.
+    pub(crate) fn drain(&self) {
+        self.draining.set(true);
+        for (_, waker) in self.idle.borrow().iter() {
+            waker.wake_by_ref();
+        }
+    }
+
+    pub(crate) fn connections(&self) -> usize {
+        self.connections.get()
+    }
+
+    /// Once a second: lets go of an outdated generation, closes stale upstream connections,
+    /// hands over log lines.
+    pub(crate) fn tick(&self) {
+        drop(self.router());
+        self.upstreams.sweep(clock::now_ms());
+        if let Some(log) = self.log.borrow_mut().as_mut() {
+            log.flush();
+        }
+    }
+}
+
+/// Counts a connection as open for as long as it lives, and lets a drain wake it.
+pub(crate) struct Presence {
+    worker: Rc<Worker>,
+    slot: Option<usize>,
+}
+
+impl Presence {
+    pub(crate) fn new(worker: Rc<Worker>) -> Presence {
+        worker.connections.set(worker.connections.get() + 1);
+        Presence { worker, slot: None }
+    }
+
+    /// Registers the task for [`Worker::drain`]. Cheap to repeat: a task keeps its waker.
+    pub(crate) fn wake_on_drain(&mut self, waker: &Waker) {
+        let mut idle = self.worker.idle.borrow_mut();
+        match self.slot {
+            Some(slot) if idle[slot].will_wake(waker) => {}
+            Some(slot) => idle[slot] = waker.clone(),
+            None => self.slot = Some(idle.insert(waker.clone())),
+        }
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.worker.connections.set(self.worker.connections.get() - 1);
+        if let Some(slot) = self.slot {
+            self.worker.idle.borrow_mut().remove(slot);
+        }
+    }
+}
