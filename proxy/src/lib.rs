@@ -25,7 +25,11 @@ mod proxy;
 pub mod router;
 pub mod split;
 pub mod table;
+mod timer;
 pub mod tls;
+mod upstream;
+pub mod view;
+mod worker;
 
 pub use certificate::Certificate;
 pub use config::Config;
