@@ -7,10 +7,13 @@ use std::sync::Arc;
 
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
-use lockgate_proxy::RoutingTable;
+use lockgate_proxy::metrics::CertificateExpiry;
+use lockgate_proxy::router::{Live, Publisher};
+use lockgate_proxy::table::RoutingTable;
 use tracing::{error, info, warn};
 
 use crate::objects::{Kind, Level, Notice, ObjectRef};
+
 use crate::source::{FileProblem, Snapshot};
 use crate::text::printable;
 use crate::translate::{Desired, Options, Translator};
@@ -118,14 +121,15 @@ impl Tallies {
 pub struct Publishing {
     publisher: Publisher,
     live: Arc<Live>,
-    table: Option<RoutingTable>,
+    /// What is live, to tell what changed.
+    table: RoutingTable,
     generation: u64,
 }
 
 impl Publishing {
     /// Nothing is live yet.
     pub fn new(publisher: Publisher, live: Arc<Live>) -> Publishing {
-        Publishing { publisher, live, table: None, generation: 0 }
+        Publishing { publisher, live, table: RoutingTable::default(), generation: 0 }
     }
 
     /// Makes the translation live if its routes differ from those that are;
@@ -138,20 +142,36 @@ impl Publishing {
             self.live.metrics.set_objects("Ingress", state, count as u64);
         }
         let routes = &translation.desired().routes;
-        // Equal parts are shared, so comparing costs what changed.
-        if self.table.as_ref() == Some(routes) {
-            return false;
+        // Equal parts are shared, so this compares what changed.
+        if self.table.certificates != routes.certificates {
+            self.live.metrics.set_certificates(expiries(routes));
         }
-        self.table = Some(routes.clone());
-        self.generation = self.publisher.publish(routes.clone());
+        self.table = routes.clone();
+        let before = std::mem::replace(&mut self.generation, self.publisher.publish(routes.clone()));
         self.live.metrics.set_generation(self.generation);
-        true
+        self.generation != before
+    }
+
+    /// Frees what only old generations needed; for quiet times.
+    pub fn collect(&mut self) {
+        self.publisher.collect();
     }
 
     /// Counts what was published, as the proxy does.
     pub fn generation(&self) -> u64 {
         self.generation
     }
+}
+
+fn expiries(table: &RoutingTable) -> Vec<CertificateExpiry> {
+    let of_host = table.certificates.iter().flat_map(|(host, certificates)| {
+        certificates.iter().map(move |certificate| CertificateExpiry {
+            name: host.as_str().to_owned(),
+            fingerprint: certificate.fingerprint().to_owned(),
+            not_after: certificate.not_after(),
+        })
+    });
+    of_host.collect()
 }
 
 /// The lines logged about one change.
