@@ -8,7 +8,6 @@ use std::sync::Arc;
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 use lockgate_proxy::metrics::CertificateExpiry;
-use lockgate_proxy::router::{Live, Publisher};
 use lockgate_proxy::table::RoutingTable;
 use tracing::{error, info, warn};
 
