@@ -11,6 +11,7 @@ use serde::Serialize;
 mod convert;
 mod parse;
 
+pub(crate) use parse::is_dns_name;
 pub use parse::parse;
 
 /// Labels or annotations.
@@ -125,7 +126,11 @@ impl Notice {
     }
 
     /// A notice of level `Warning`.
-    pub fn warning(field: impl Into<String>, message: impl Into<String>, remedy: impl Into<String>) -> Notice {
+    pub fn warning(
+        field: impl Into<String>,
+        message: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Notice {
         Notice { level: Level::Warning, ..Notice::error(field, message, remedy) }
     }
 

@@ -105,7 +105,11 @@ fn port(number: i32, field: impl FnOnce() -> String, notices: &mut Vec<Notice>) 
     port
 }
 
-fn protocol(text: Option<&str>, field: impl FnOnce() -> String, notices: &mut Vec<Notice>) -> Option<Protocol> {
+fn protocol(
+    text: Option<&str>,
+    field: impl FnOnce() -> String,
+    notices: &mut Vec<Notice>,
+) -> Option<Protocol> {
     match text {
         None | Some("" | "TCP") => Some(Protocol::Tcp),
         Some("UDP") => Some(Protocol::Udp),
@@ -136,7 +140,8 @@ pub(super) fn service(name: Name, object: core::Service, notices: &mut Vec<Notic
         ips.push(ip);
     }
     ips.retain(|ip| !ip.is_empty() && ip != "None");
-    let addresses = ips.iter().filter_map(|ip| address(ip, || ".spec.clusterIP".to_owned(), notices)).collect();
+    let addresses =
+        ips.iter().filter_map(|ip| address(ip, || ".spec.clusterIP".to_owned(), notices)).collect();
     let mut ports = Vec::new();
     for (index, entry) in spec.ports.unwrap_or_default().into_iter().enumerate() {
         let field = |name: &str| format!(".spec.ports[{index}].{name}");
@@ -168,7 +173,11 @@ pub(super) fn service(name: Name, object: core::Service, notices: &mut Vec<Notic
     }
 }
 
-pub(super) fn slice(name: Name, object: discovery::EndpointSlice, notices: &mut Vec<Notice>) -> EndpointSlice {
+pub(super) fn slice(
+    name: Name,
+    object: discovery::EndpointSlice,
+    notices: &mut Vec<Notice>,
+) -> EndpointSlice {
     let mut ports = Vec::new();
     for (index, entry) in object.ports.unwrap_or_default().into_iter().enumerate() {
         let field = |name: &str| format!(".ports[{index}].{name}");

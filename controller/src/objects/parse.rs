@@ -107,8 +107,11 @@ fn object(mapping: Mapping, version: &str, kind: &str) -> Parsed {
     let group = version.rsplit_once('/').map_or("", |(group, _)| group);
     if matches!(group, "gateway.networking.k8s.io" | "gateway.networking.x-k8s.io") {
         let known = GATEWAY_API.into_iter().find(|known| *known == kind).unwrap_or("Gateway API object");
-        let notice =
-            Notice::warning(".kind", format!("{kind} is not supported yet: ignored"), "use an Ingress for now");
+        let notice = Notice::warning(
+            ".kind",
+            format!("{kind} is not supported yet: ignored"),
+            "use an Ingress for now",
+        );
         return unsupported(mapping, known, kind, notice);
     }
     if (version, kind) == ("v1", "Endpoints") {
@@ -187,7 +190,8 @@ fn typed(
 /// later put together from names relies on it.
 fn reference(kind: Kind, mapping: &Mapping) -> Result<ObjectRef, Notice> {
     let metadata = mapping.get("metadata");
-    let field = |field: &str| metadata.and_then(|metadata| metadata.get(field)).filter(|value| !value.is_null());
+    let field =
+        |field: &str| metadata.and_then(|metadata| metadata.get(field)).filter(|value| !value.is_null());
     let Some(name) = field("name") else {
         let remedy = match field("generateName") {
             Some(_) => "generateName works only with an API server; write a name",
@@ -205,13 +209,15 @@ fn reference(kind: Kind, mapping: &Mapping) -> Result<ObjectRef, Notice> {
     let namespace = match field("namespace") {
         _ if !kind.is_namespaced() => "",
         None => "default",
-        Some(namespace) => namespace.as_str().filter(|name| is_dns_name(name, 63, false)).ok_or_else(|| {
-            Notice::error(
-                ".metadata.namespace",
-                format!("not a DNS label: the {kind} is ignored"),
-                "use lower-case letters, digits and '-', at most 63",
-            )
-        })?,
+        Some(namespace) => {
+            namespace.as_str().filter(|name| is_dns_name(name, 63, false)).ok_or_else(|| {
+                Notice::error(
+                    ".metadata.namespace",
+                    format!("not a DNS label: the {kind} is ignored"),
+                    "use lower-case letters, digits and '-', at most 63",
+                )
+            })?
+        }
     };
     Ok(ObjectRef { kind, namespace: namespace.into(), name: name.into() })
 }
@@ -232,7 +238,11 @@ fn read<T: DeserializeOwned>(mapping: Mapping, notices: &mut Vec<Notice>) -> Res
         let field = ignored_path(&path);
         // Written by controllers newer than our types, not by the manifest's author.
         if !field.starts_with(".status") && !field.starts_with(".metadata.managedFields") {
-            notices.push(Notice::warning(field, "unknown field: ignored", "remove it or correct its spelling"));
+            notices.push(Notice::warning(
+                field,
+                "unknown field: ignored",
+                "remove it or correct its spelling",
+            ));
         }
     };
     let mut track = serde_path_to_error::Track::new();
