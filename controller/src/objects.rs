@@ -11,6 +11,7 @@ use serde::Serialize;
 mod convert;
 mod parse;
 
+pub(crate) use parse::is_dns_name;
 pub use parse::parse;
 
 /// Labels or annotations.
