@@ -93,6 +93,9 @@ impl<'h, 'b> RequestHead<'h, 'b> {
             return Err(bad("malformed request line"));
         };
         let (target, authority) = split_target(method, raw_target.as_bytes(), limits)?;
+        if length > limits.header_bytes {
+            return Err(Reject { status: 431, reason: "headers too large" });
+        }
         let mut head = RequestHead {
             method,
             target,
@@ -121,6 +124,10 @@ impl<'h, 'b> RequestHead<'h, 'b> {
             match field {
                 Field::Host => {
                     hosts += 1;
+                    // An absolute-form target overrules it; that does not make nonsense acceptable.
+                    if !is_authority(header.value) {
+                        return Err(bad("malformed Host"));
+                    }
                     if !absolute {
                         self.host = header.value;
                     }
@@ -295,12 +302,20 @@ pub(crate) fn parse_length(value: &[u8]) -> Result<u64, Reject> {
 /// `host [":" port]`, where the host is a name, an IPv4 address or `[IPv6]`; empty is allowed.
 pub(crate) fn is_authority(value: &[u8]) -> bool {
     let (host, port) = split_port(value);
-    let port_ok = port.is_none_or(|p| p.len() <= 5 && p.iter().all(u8::is_ascii_digit));
+    let port_ok = port.is_none_or(is_port);
     let host_ok = match host {
-        [b'[', inner @ .., b']'] => inner.iter().all(|b| b.is_ascii_hexdigit() || matches!(b, b':' | b'.')),
+        [b'[', inner @ .., b']'] => {
+            !inner.is_empty() && inner.iter().all(|b| b.is_ascii_hexdigit() || matches!(b, b':' | b'.'))
+        }
         _ => host.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_')),
     };
     host_ok && port_ok && value.len() <= 255 + 6
+}
+
+/// A port number, or nothing (RFC 3986 section 3.2.3).
+fn is_port(port: &[u8]) -> bool {
+    let digits = port.len() <= 5 && port.iter().all(u8::is_ascii_digit);
+    digits && port.iter().fold(0, |n, d| n * 10 + u32::from(d - b'0')) <= u32::from(u16::MAX)
 }
 
 /// Host and port of an authority; brackets stay with the host.

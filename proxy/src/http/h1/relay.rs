@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
-use crate::http::exchange::{Failure, Order, Piece, Source, UploadError, step};
+use crate::http::exchange::{Awaits, Failure, Order, Piece, Source, UploadError, step};
 use crate::http::forward::{Delivery, write_response};
 use crate::http::head::{Framing, HeaderRoom};
 use crate::http::record::Record;
@@ -29,6 +29,8 @@ pub(super) struct FromClient<'c> {
     pub(super) upload: Upload,
     /// HTTP/1.0 knows no interim responses.
     pub(super) minor: u8,
+    /// Nothing holds the client back from sending its body: it expects no 100, or got one.
+    pub(super) invited: bool,
     pub(super) write_timeout: std::time::Duration,
 }
 
@@ -53,6 +55,14 @@ impl Source for FromClient<'_> {
         self.upload.has_started()
     }
 
+    fn awaits(&self) -> Awaits {
+        match (self.is_active(), self.upload.awaits_client()) {
+            (true, true) if self.invited || self.has_started() => Awaits::Client,
+            (true, false) => Awaits::Room,
+            _ => Awaits::Answer,
+        }
+    }
+
     fn abandon(&mut self) {
         self.upload.abandon();
     }
@@ -63,6 +73,7 @@ impl Source for FromClient<'_> {
     }
 
     async fn interim(&mut self, timer: &mut Timer, head: &[u8]) -> bool {
+        self.invited = true;
         self.minor == 0 || send(timer, self.conn, self.write_timeout, [head, &[], &[]]).await
     }
 }
@@ -105,7 +116,8 @@ impl Http1 {
         let Http1 { conn, input, timer, worker, .. } = self;
         let write_timeout = worker.config.timeouts.client;
         let upload = Upload::new(framing, limit);
-        let mut source = FromClient { conn, input, upload, minor: plan.shape.minor, write_timeout };
+        let (minor, invited) = (plan.shape.minor, !plan.expects_continue);
+        let mut source = FromClient { conn, input, upload, minor, invited, write_timeout };
         let mut answer = Buffer::new();
         let failure = match order.obtain(timer, &mut source, out, &mut answer, record).await {
             Err(failure) => failure,
@@ -254,7 +266,7 @@ async fn deliver(
             return Ok(());
         }
         answer.release();
-        ended = match step(timer, source, endpoint, answer, order.read_deadline()).await {
+        ended = match step(order, timer, source, endpoint, answer).await {
             Ok(n) => n == 0,
             Err(Failure::Late) => return Err("endpoint timed out within a response body"),
             Err(Failure::Client | Failure::Answer(..)) => return Err("client closed the connection"),

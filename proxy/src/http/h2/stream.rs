@@ -364,7 +364,7 @@ impl Stream<'_> {
             answer.release();
             let Stream { timer, respond, .. } = self;
             let mut watched = Watched { source, respond };
-            ended = step(timer, &mut watched, &mut peer.conn, answer, order.read_deadline()).await? == 0;
+            ended = step(order, timer, &mut watched, &mut peer.conn, answer).await? == 0;
         }
     }
 
