@@ -3,7 +3,10 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU32, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use crate::table::UpstreamProtocol;
@@ -85,6 +88,8 @@ pub struct LiveEndpoint {
     failures: AtomicU64,
     /// Milliseconds on the caller's clock; 0 before the first ejection.
     ejected_until: AtomicU64,
+    /// Workers that hold it for their connections' sake.
+    workers: AtomicU32,
     in_flight: OwnLine<AtomicU32>,
 }
 
@@ -103,6 +108,7 @@ impl LiveEndpoint {
             protocol,
             failures: AtomicU64::new(0),
             ejected_until: AtomicU64::new(0),
+            workers: AtomicU32::new(0),
             in_flight: OwnLine::default(),
         }
     }
@@ -155,6 +161,23 @@ impl LiveEndpoint {
     pub fn end(&self) {
         let before = self.in_flight.0.fetch_sub(1, Relaxed);
         debug_assert!(before > 0, "end without begin on {}", self.address);
+    }
+
+    /// A worker holds one more clone, for its connections.
+    pub(crate) fn join(&self) {
+        self.workers.fetch_add(1, Release);
+    }
+
+    /// That worker is about to drop its clone.
+    pub(crate) fn leave(&self) {
+        self.workers.fetch_sub(1, Release);
+    }
+
+    /// Whether anyone but workers holds it, as a router does that names it. Wrong for an instant
+    /// when a worker comes or goes right now; that costs a connection opened anew, at most.
+    pub(crate) fn is_named(self: &Arc<Self>) -> bool {
+        let workers = self.workers.load(Acquire);
+        Arc::strong_count(self) > workers as usize
     }
 
     /// Requests that began and have not ended, of all workers.

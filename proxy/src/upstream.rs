@@ -40,9 +40,32 @@ pub(crate) struct Upstream {
 pub(crate) struct Peer {
     pub(crate) conn: Conn,
     open: Open,
+    /// While it carries a request, or the tunnel that one became.
+    busy: Option<InFlight>,
+}
+
+/// A request occupies its endpoint for as long as this lives: head, body or tunnel.
+pub(crate) struct InFlight(Rc<Upstream>);
+
+impl InFlight {
+    pub(crate) fn new(upstream: Rc<Upstream>) -> InFlight {
+        upstream.live.begin();
+        InFlight(upstream)
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.live.end();
+    }
 }
 
 impl Peer {
+    /// Occupies the endpoint until this connection is idle again, or gone.
+    pub(crate) fn occupy(&mut self, upstream: &Rc<Upstream>) {
+        self.busy = Some(InFlight::new(upstream.clone()));
+    }
+
     fn into_parts(self) -> (Open, Conn) {
         (self.open, self.conn)
     }
@@ -87,8 +110,7 @@ impl Upstreams {
         if let Some(upstream) = self.by_id.borrow().get(&live.id) {
             return upstream.clone();
         }
-        let upstream =
-            Rc::new(Upstream { live: live.clone(), idle: RefCell::default(), h2: h2::Shared::default() });
+        let upstream = Rc::new(Upstream::new(live.clone()));
         self.by_id.borrow_mut().insert(live.id, upstream.clone());
         upstream
     }
@@ -99,7 +121,7 @@ impl Upstreams {
         if opened.is_err() {
             self.metrics.upstream_failed.inc();
         }
-        Ok(Peer { conn: opened?, open: Open::new(self.metrics.clone()) })
+        Ok(Peer { conn: opened?, open: Open::new(self.metrics.clone()), busy: None })
     }
 
     async fn open(&self, upstream: &Upstream) -> io::Result<Conn> {
@@ -127,7 +149,8 @@ impl Upstreams {
     }
 
     /// Keeps a connection for the next request.
-    pub(crate) fn keep(&self, upstream: &Upstream, peer: Peer, now_ms: u64) {
+    pub(crate) fn keep(&self, upstream: &Upstream, mut peer: Peer, now_ms: u64) {
+        peer.busy = None;
         let mut idle = upstream.idle.borrow_mut();
         if idle.len() < self.idle_limit {
             idle.push(Idle { peer, since_ms: now_ms });
@@ -142,11 +165,24 @@ impl Upstreams {
     /// Closes what has been idle too long, and forgets endpoints no table names any more.
     pub(crate) fn sweep(&self, now_ms: u64) {
         self.by_id.borrow_mut().retain(|_, upstream| {
-            // Ours and no other: neither a router nor a request holds the endpoint.
-            let unused = Rc::strong_count(upstream) == 1 && upstream.h2.is_idle();
-            let forgotten = unused && Arc::strong_count(&upstream.live) == 1;
-            upstream.idle.borrow_mut().retain(|i| now_ms.saturating_sub(i.since_ms) < self.idle_ms);
-            !forgotten
+            let named = upstream.live.is_named();
+            let fresh = |i: &Idle| named && now_ms.saturating_sub(i.since_ms) < self.idle_ms;
+            upstream.idle.borrow_mut().retain(fresh);
+            // Requests under way, and tunnels, hold it by its count.
+            named || Rc::strong_count(upstream) > 1 || !upstream.h2.is_idle()
         });
+    }
+}
+
+impl Upstream {
+    fn new(live: Arc<LiveEndpoint>) -> Upstream {
+        live.join();
+        Upstream { live, idle: RefCell::default(), h2: h2::Shared::default() }
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.live.leave();
     }
 }

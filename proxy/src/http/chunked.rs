@@ -32,6 +32,8 @@ enum State {
     DataCr,
     DataLf,
     Trailer,
+    /// In the empty line of an empty trailer section: nothing to keep, so nothing is allocated.
+    NoTrailersLf,
     Done,
 }
 
@@ -109,8 +111,10 @@ impl Decoder {
             }
             (State::DataCr, b'\r') => State::DataLf,
             (State::DataLf, b'\n') => State::Size,
+            (State::Trailer, b'\r') if self.trailers.is_empty() => State::NoTrailersLf,
             (State::Trailer, _) => return self.trailer(byte),
-            (State::SizeLf | State::DataCr | State::DataLf, _) => {
+            (State::NoTrailersLf, b'\n') => State::Done,
+            (State::SizeLf | State::DataCr | State::DataLf | State::NoTrailersLf, _) => {
                 return Err(BadChunk("malformed chunk end"));
             }
             (State::Data | State::Done, _) => self.state,
@@ -126,11 +130,10 @@ impl Decoder {
         if byte != b'\n' {
             return Ok(());
         }
-        let at_end = self.trailers == b"\r\n" || self.trailers.ends_with(b"\r\n\r\n");
         if !self.trailers.ends_with(b"\r\n") {
             return Err(BadChunk("bare LF in trailers"));
         }
-        if at_end {
+        if self.trailers.ends_with(b"\r\n\r\n") {
             self.trailers = keep_allowed(&self.trailers)?;
             self.state = State::Done;
         }
@@ -139,9 +142,6 @@ impl Decoder {
 }
 
 fn keep_allowed(section: &[u8]) -> Result<Vec<u8>, BadChunk> {
-    if section == b"\r\n" {
-        return Ok(Vec::new());
-    }
     let mut room = [httparse::EMPTY_HEADER; 32];
     let fields = match httparse::parse_headers(section, &mut room) {
         Ok(httparse::Status::Complete((_, fields))) => fields,

@@ -208,10 +208,8 @@ impl Order<'_> {
                 Err(failure) => (failure, false),
                 Ok(mut peer) => {
                     record.connected = Some(if reused { record.started } else { Instant::now() });
-                    upstream.live.begin();
-                    let result = self.exchange(timer, source, head, &mut peer.conn, answer, record).await;
-                    upstream.live.end();
-                    match result {
+                    peer.occupy(&upstream);
+                    match self.exchange(timer, source, head, &mut peer.conn, answer, record).await {
                         Ok(()) => {
                             upstream.live.succeeded();
                             return Ok((upstream, peer));
