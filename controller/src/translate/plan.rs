@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use lockgate_proxy::table::{HostPattern, Origin, PathMatch};
 
-use super::annotations::classify;
+use super::annotations::{Closed, classify};
 use super::settings::{Settings, settings};
 use crate::objects::{Ingress, IngressBackend, IngressPath, Notice, PortRef, is_dns_name};
 use crate::store::Key;
@@ -29,7 +29,7 @@ pub(super) struct Plan {
     pub(super) origin: Arc<Origin>,
     pub(super) settings: Settings,
     /// Why every route answers 503.
-    pub(super) closed: Option<Arc<str>>,
+    pub(super) closed: Option<Closed>,
     /// In the order written. A host may have no path.
     pub(super) hosts: BTreeMap<HostPattern, Vec<Path>>,
     pub(super) default_backend: Option<Target>,
@@ -223,6 +223,12 @@ fn hosts(
             let place = Place::Path { rule: index, path: position };
             match read_path(path) {
                 Ok(matched) => {
+                    if has_escape(&path.path) {
+                        let message =
+                            "requests are compared after percent-decoding, so this matches hardly any";
+                        let remedy = "write the character itself";
+                        notices.push(Notice::warning(format!("{place}.path"), message, remedy));
+                    }
                     let target = target(&path.backend, namespace, place, notices);
                     paths.push(Path { path: matched, target, place });
                 }
@@ -253,6 +259,11 @@ fn read_host(host: &str) -> Result<HostPattern, &'static str> {
         }
         _ => "is not a DNS name",
     })
+}
+
+/// Whether there is a `%` with two hexadecimal digits behind it.
+fn has_escape(path: &str) -> bool {
+    path.as_bytes().windows(3).any(|bytes| bytes[0] == b'%' && bytes[1..].iter().all(u8::is_ascii_hexdigit))
 }
 
 /// As the API server judges a path, except that its length is bounded. An
