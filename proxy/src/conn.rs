@@ -18,6 +18,13 @@ pub(crate) enum Conn {
 }
 
 impl Conn {
+    pub(crate) fn tcp(&self) -> &TcpStream {
+        match self {
+            Conn::Plain(tcp) => tcp,
+            Conn::Tls(tls) => tls.get_ref().0,
+        }
+    }
+
     /// Ready when a read would not wait, without needing a buffer to try it.
     pub(crate) fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {

@@ -7,6 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::task::Poll;
+use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -18,6 +19,7 @@ use crate::buffer::Buffer;
 use crate::conn::Conn;
 use crate::http::client::{Client, ClientTls};
 use crate::http::{h1, h2};
+use crate::metrics::WorkerMetrics;
 use crate::timer::Timer;
 use crate::worker::{Presence, Worker};
 
@@ -118,19 +120,54 @@ fn is_exhaustion(error: &io::Error) -> bool {
 
 /// One downstream connection, from accept to close.
 async fn connection(worker: Rc<Worker>, presence: Presence, tcp: TcpStream, peer: SocketAddr, tls: bool) {
+    let mut counted = Counted::new(worker.metrics.clone(), tls);
     let Ok(local) = tcp.local_addr() else { return };
     if tcp.set_nodelay(true).is_err() {
         return;
     }
     if !tls {
         let client = Client::new(peer, local, &worker.config.trusted, None);
-        return plaintext(worker, tcp, client, presence).await;
+        return plaintext(worker, tcp, client, presence, counted).await;
     }
     let Some((conn, tls, h2)) = handshake(&worker, tcp).await else { return };
     let client = Client::new(peer, local, &worker.config.trusted, Some(tls));
+    counted.speaks(h2);
     match h2 {
         true => h2::serve(worker, conn, client, presence, Buffer::new()).await,
         false => h1::serve(worker, conn, client, presence, Buffer::new()).await,
+    }
+}
+
+/// Counts a connection under what it speaks, for as long as it lives.
+struct Counted {
+    metrics: Arc<WorkerMetrics>,
+    tls: bool,
+    http2: Option<bool>,
+}
+
+impl Counted {
+    fn new(metrics: Arc<WorkerMetrics>, tls: bool) -> Counted {
+        metrics.listener(tls).pending.inc();
+        Counted { metrics, tls, http2: None }
+    }
+
+    fn speaks(&mut self, http2: bool) {
+        self.http2 = Some(http2);
+        let listener = self.metrics.listener(self.tls);
+        listener.pending.dec();
+        let protocol = listener.protocol(http2);
+        protocol.total.inc();
+        protocol.open.inc();
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let listener = self.metrics.listener(self.tls);
+        match self.http2 {
+            None => listener.pending.dec(),
+            Some(http2) => listener.protocol(http2).open.dec(),
+        }
     }
 }
 
@@ -165,7 +202,13 @@ async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, 
 }
 
 /// A plaintext connection: HTTP/2 if it begins with the preface, else HTTP/1.
-async fn plaintext(worker: Rc<Worker>, tcp: TcpStream, client: Client, mut presence: Presence) {
+async fn plaintext(
+    worker: Rc<Worker>,
+    tcp: TcpStream,
+    client: Client,
+    mut presence: Presence,
+    mut counted: Counted,
+) {
     let mut conn = Conn::Plain(tcp);
     let mut input = Buffer::new();
     let mut timer = Timer::new(Instant::now() + worker.config.timeouts.keep_alive);
@@ -195,9 +238,11 @@ async fn plaintext(worker: Rc<Worker>, tcp: TcpStream, client: Client, mut prese
         }
         let compared = input.len().min(PREFACE.len());
         if input.filled()[..compared] != PREFACE[..compared] {
+            counted.speaks(false);
             return h1::serve(worker, conn, client, presence, input).await;
         }
         if compared == PREFACE.len() {
+            counted.speaks(true);
             return h2::serve(worker, conn, client, presence, input).await;
         }
     }

@@ -168,6 +168,7 @@ impl Upstreams {
             let named = upstream.live.is_named();
             let fresh = |i: &Idle| named && now_ms.saturating_sub(i.since_ms) < self.idle_ms;
             upstream.idle.borrow_mut().retain(fresh);
+            upstream.h2.sweep(now_ms, if named { self.idle_ms } else { 0 });
             // Requests under way, and tunnels, hold it by its count.
             named || Rc::strong_count(upstream) > 1 || !upstream.h2.is_idle()
         });

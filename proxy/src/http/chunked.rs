@@ -159,7 +159,8 @@ fn keep_allowed(section: &[u8]) -> Result<Vec<u8>, BadChunk> {
     Ok(kept)
 }
 
-fn is_forbidden(name: &str) -> bool {
+/// Whether a trailer field could change what was decided by the head.
+pub(crate) fn is_forbidden(name: &str) -> bool {
     const FORBIDDEN: [&str; 9] = [
         "authorization",
         "cache-control",

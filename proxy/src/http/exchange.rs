@@ -47,9 +47,7 @@ pub(crate) trait Source {
     fn has_started(&self) -> bool;
 
     /// Whom an exchange in which nothing moves is waiting for.
-    fn awaits(&self) -> Awaits {
-        if self.is_active() { Awaits::Room } else { Awaits::Answer }
-    }
+    fn awaits(&self) -> Awaits;
 
     /// The endpoint takes no more.
     fn abandon(&mut self);
@@ -105,6 +103,9 @@ pub(crate) enum Failure {
     /// Worth an answer of this status: the client's fault, or nobody to ask.
     Answer(u16, &'static str),
 }
+
+/// The client stopped sending the body of its request.
+pub(crate) const SLOW_BODY: Failure = Failure::Answer(408, "request body took too long");
 
 impl Failure {
     /// Status and reason to answer with; `None`: there is nobody to answer.
@@ -349,7 +350,8 @@ pub(crate) async fn step<S: Source>(
             }
             Ok(Step::UploadFailed(error)) => Err(error.into()),
             Ok(Step::Gone) => Err(Failure::Client),
-            Err(Late) if awaits == Awaits::Client => Err(Failure::Answer(408, "request body took too long")),
+            // The endpoint waits as we do: not its fault.
+            Err(Late) if awaits == Awaits::Client => Err(SLOW_BODY),
             Err(Late) => Err(Failure::Late),
         };
     }

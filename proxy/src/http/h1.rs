@@ -219,12 +219,13 @@ impl Http1 {
             Verdict::Answer(_) => {}
             Verdict::Forward(forward) => {
                 let backend = &forward.split.backends[forward.choice.backend];
-                match router.pool(backend.pool).protocol {
+                let protocol = router.pool(backend.pool).protocol;
+                match protocol {
                     UpstreamProtocol::Http1 | UpstreamProtocol::Https => {
                         forward::write_request(out, &head, &self.client, &forwarded, &id);
                     }
                     UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
-                        request = Some(over_h2::request(&head, &self.client, &forwarded, &id)?);
+                        request = Some(over_h2::request(&head, &self.client, &forwarded, &id, protocol)?);
                     }
                 }
             }

@@ -21,6 +21,8 @@ use crate::worker::{Presence, Worker};
 
 use super::client::Client;
 
+mod plan;
+mod source;
 mod stream;
 
 /// What a client may send on one stream before it has been passed on.
@@ -46,8 +48,8 @@ pub(crate) struct Http2 {
     pub(crate) worker: Rc<Worker>,
     pub(crate) client: Client,
     streams: Cell<usize>,
-    /// Told whenever the last stream ends.
-    idle: Notify,
+    /// Told when the last stream has ended, and when there is room for one again.
+    changed: Notify,
 }
 
 /// Serves a connection until it ends. `input` was read already.
@@ -71,10 +73,11 @@ pub(crate) async fn serve(
         .handshake::<_, Bytes>(Rewound { input, conn });
     let deadline = Instant::now() + worker.config.timeouts.header;
     let Ok(Ok(mut connection)) = timer.within(deadline, handshake).await else { return };
-    let shared = Rc::new(Http2 { worker, client, streams: Cell::new(0), idle: Notify::new() });
+    let shared = Rc::new(Http2 { worker, client, streams: Cell::new(0), changed: Notify::new() });
     let mut ending = false;
     loop {
         let idle = shared.streams.get() == 0;
+        let full = shared.streams.get() >= shared.streams_limit();
         let deadline = Instant::now()
             + match (ending, idle) {
                 (true, true) => GOODBYE,
@@ -87,6 +90,11 @@ pub(crate) async fn serve(
                 return Poll::Ready(Event::Drain);
             }
             presence.wake_on_drain(cx.waker());
+            if full {
+                // A stream the client has reset still occupies us for a moment: who resets
+                // faster than we let go has its streams wait, and their resets counted.
+                return connection.poll_closed(cx).map(|end| end.map_or_else(Event::Broken, |()| Event::End));
+            }
             match connection.poll_accept(cx) {
                 Poll::Ready(Some(Ok(accepted))) => Poll::Ready(Event::Request(accepted)),
                 Poll::Ready(Some(Err(error))) => Poll::Ready(Event::Broken(error)),
@@ -98,7 +106,7 @@ pub(crate) async fn serve(
             biased;
             event = timer.within(deadline, next) => event,
             // The idle deadline starts over when the last stream ends.
-            () = shared.idle.notified(), if !idle => continue,
+            () = shared.changed.notified(), if !idle => continue,
         };
         match event {
             Ok(Event::Request((request, respond))) => {
@@ -131,10 +139,15 @@ enum Event {
 }
 
 impl Http2 {
+    fn streams_limit(&self) -> usize {
+        self.worker.config.limits.h2_streams as usize
+    }
+
     fn stream_ended(&self) {
-        self.streams.set(self.streams.get() - 1);
-        if self.streams.get() == 0 {
-            self.idle.notify_one();
+        let left = self.streams.get() - 1;
+        self.streams.set(left);
+        if left == 0 || left + 1 == self.streams_limit() {
+            self.changed.notify_one();
         }
     }
 }

@@ -5,18 +5,19 @@ use std::net::IpAddr;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use crate::buffer::Output;
+use crate::table::UpstreamProtocol;
 use crate::view::RequestView;
 
-use super::chunked::header_map;
+use super::chunked::{header_map, is_forbidden};
 use super::client::{Claims, Client, Forwarded};
 use super::field::{Field, classify};
 use super::forward::{RequestId, put};
 
-/// Fields that HTTP/2 forbids (RFC 9113 section 8.2.2).
+/// Fields that HTTP/2 forbids in responses (RFC 9113 section 8.2.2).
 pub(crate) fn is_connection_specific(name: &HeaderName) -> bool {
     matches!(
         classify(name.as_str().as_bytes()),
-        Field::Connection | Field::TransferEncoding | Field::Upgrade | Field::HopByHop
+        Field::Connection | Field::TransferEncoding | Field::Upgrade | Field::HopByHop | Field::Te
     )
 }
 
@@ -54,10 +55,22 @@ pub(crate) fn add_forwarded(
     headers.extend(header_map(&lines).unwrap_or_default());
 }
 
-/// Writes a map as HTTP/1 lines.
-pub(crate) fn write_lines(out: &mut Vec<u8>, headers: &HeaderMap) {
-    for (name, value) in headers {
-        put(out, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
+/// The `:scheme` an endpoint expects: that of its own connection. Some refuse
+/// any other; the client's is told by `X-Forwarded-Proto`.
+pub(crate) fn scheme(protocol: UpstreamProtocol) -> &'static str {
+    match protocol {
+        UpstreamProtocol::Http1 | UpstreamProtocol::H2c => "http",
+        UpstreamProtocol::Https | UpstreamProtocol::H2 => "https",
+    }
+}
+
+/// Writes trailers as HTTP/1 lines, without those that a recipient could take
+/// for a part of the head (RFC 9110 section 6.5.1).
+pub(crate) fn write_trailers(out: &mut Vec<u8>, trailers: &HeaderMap) {
+    for (name, value) in trailers {
+        if classify(name.as_str().as_bytes()) == Field::Other && !is_forbidden(name.as_str()) {
+            put(out, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! One request to one HTTP/2 endpoint, and to the next one if that fails before
 //! anything irrevocable has happened. The client's side is a [`Source`].
 
-use std::future::poll_fn;
+use std::future::{Future as _, poll_fn};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
@@ -12,13 +13,19 @@ use http::{HeaderMap, Request, Response};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+use crate::buffer::Output;
 use crate::metrics::Reject;
 use crate::timer::{Late, Timer};
 use crate::upstream::Upstream;
-use crate::upstream::h2::Lease;
+use crate::upstream::h2::{Lease, NotConnected};
 
-use super::exchange::{Failure, Order, Piece, Source, UploadError};
+use super::exchange::{Failure, Order, Piece, SLOW_BODY, Source, UploadError};
+use super::forward::put;
 use super::record::Record;
+
+/// Body bytes kept until an endpoint has answered: a stream that was refused
+/// can then be sent again, though its client sent them only once.
+const KEPT: usize = 64 << 10;
 
 /// A response under way; the lease keeps its place on the connection.
 pub(crate) struct Answering {
@@ -30,6 +37,7 @@ pub(crate) struct Answering {
 /// The sending half of a stream.
 pub(crate) struct Upload {
     stream: SendStream<Bytes>,
+    body: Body,
     pending: Bytes,
     state: State,
 }
@@ -39,6 +47,28 @@ enum State {
     Open,
     Ended,
     Broken,
+}
+
+/// A request body as far as it was taken from the client.
+#[derive(Default)]
+struct Body {
+    kept: SmallVec<[Bytes; 4]>,
+    bytes: usize,
+    end: Option<Option<HeaderMap>>,
+    /// Of `kept`, the piece to send next.
+    next: usize,
+    /// Pieces went by that were not kept.
+    forgotten: bool,
+}
+
+/// A failed stream.
+struct Broken {
+    failure: Failure,
+    /// The endpoint may have acted on it.
+    processed: bool,
+    /// The connection ended, and with it every stream: that says nothing about this request.
+    stale: bool,
+    body: Body,
 }
 
 impl Order<'_> {
@@ -52,43 +82,43 @@ impl Order<'_> {
     ) -> Result<Answering, Failure> {
         let mut tried = SmallVec::<[u64; 4]>::new();
         let mut last = Failure::Answer(503, "no endpoint");
+        let mut body = Body::default();
         for attempt in 0..self.worker.config.limits.tries {
             let Some(upstream) = self.pick(&tried) else { break };
             record.retry(attempt, &upstream, self.worker);
-            let (failure, sent) = match self.leased(timer, &upstream).await {
-                Err(failure) => (failure, false),
-                Ok(lease) => {
-                    record.connected = Some(Instant::now());
-                    upstream.live.begin();
-                    let result = self.exchange_h2(timer, source, request, lease).await;
-                    upstream.live.end();
-                    match result {
-                        Ok(answering) => {
-                            record.first_byte = Some(Instant::now());
-                            upstream.live.succeeded();
-                            return Ok(answering);
-                        }
-                        Err(Broken { failure, processed }) => (failure, processed),
+            let lease = match self.leased(timer, &upstream).await {
+                Ok(lease) => lease,
+                Err((failure, counts)) => {
+                    if counts {
+                        self.failed(&upstream);
                     }
+                    tried.push(upstream.live.id);
+                    last = failure;
+                    continue;
                 }
             };
-            match failure {
-                // Refused before it was looked at: the connection is at its end, not the endpoint.
-                Failure::Endpoint(_) if !sent && upstream.h2.lease().is_none() => {
-                    self.failed(&upstream);
-                    tried.push(upstream.live.id);
+            record.connected = Some(if lease.reused { record.started } else { Instant::now() });
+            let broken = match self.exchange_h2(timer, source, request, lease, body).await {
+                Ok(answering) => {
+                    record.first_byte = Some(Instant::now());
+                    upstream.live.succeeded();
+                    return Ok(answering);
                 }
-                Failure::Endpoint(_) if !sent => {}
-                Failure::Endpoint(_) | Failure::Late => {
-                    self.failed(&upstream);
-                    tried.push(upstream.live.id);
-                }
-                Failure::Nonsense(_) | Failure::Client | Failure::Answer(..) => return Err(failure),
+                Err(broken) => broken,
+            };
+            if !matches!(broken.failure, Failure::Endpoint(_) | Failure::Late) {
+                return Err(broken.failure);
             }
-            if source.has_started() || sent && (!self.idempotent || matches!(failure, Failure::Late)) {
-                return Err(failure);
+            if broken.processed && !broken.stale {
+                self.failed(&upstream);
+                tried.push(upstream.live.id);
             }
-            last = failure;
+            let again = !broken.processed || self.idempotent && !matches!(broken.failure, Failure::Late);
+            if !again || broken.body.forgotten {
+                return Err(broken.failure);
+            }
+            (last, body) = (broken.failure, broken.body);
+            body.next = 0;
         }
         if let Failure::Answer(503, _) = last {
             self.worker.metrics.rejected(Reject::NoEndpoint);
@@ -96,15 +126,14 @@ impl Order<'_> {
         Err(last)
     }
 
-    async fn leased(&self, timer: &mut Timer, upstream: &Rc<Upstream>) -> Result<Lease, Failure> {
-        if let Some(lease) = upstream.h2.lease() {
-            self.worker.metrics.upstream_reused.inc();
-            return Ok(lease);
-        }
-        match timer.within(self.connect_deadline(), self.worker.upstreams.connect_h2(upstream)).await {
+    /// The bool of an error: whether it counts against the endpoint.
+    async fn leased(&self, timer: &mut Timer, upstream: &Rc<Upstream>) -> Result<Lease, (Failure, bool)> {
+        match timer.within(self.connect_deadline(), self.worker.upstreams.lease(upstream)).await {
             Ok(Ok(lease)) => Ok(lease),
-            Ok(Err(_)) => Err(Failure::Endpoint("cannot connect to the endpoint")),
-            Err(Late) => Err(Failure::Late),
+            Ok(Err(NotConnected { counts })) => {
+                Err((Failure::Endpoint("cannot connect to the endpoint"), counts))
+            }
+            Err(Late) => Err((Failure::Late, true)),
         }
     }
 
@@ -114,91 +143,155 @@ impl Order<'_> {
         source: &mut S,
         request: &Request<()>,
         lease: Lease,
+        body: Body,
     ) -> Result<Answering, Broken> {
-        let unsent = |failure| Broken { failure, processed: false };
-        let mut sender = match timer.within(self.send_deadline(), lease.sender().ready()).await {
-            Ok(Ok(sender)) => sender,
-            Ok(Err(_)) => {
-                lease.retire();
-                return Err(unsent(Failure::Endpoint("endpoint closed the connection")));
-            }
-            Err(Late) => return Err(unsent(Failure::Late)),
-        };
-        let sent = sender.send_request(request.clone(), source.is_done());
-        let (mut answer, stream) = match sent {
+        let bodiless = source.is_done() && body.is_untouched();
+        let (mut answer, stream) = match lease.sender().send_request(request.clone(), bodiless) {
             Ok(sent) => sent,
             Err(_) => {
                 lease.retire();
-                return Err(unsent(Failure::Endpoint("endpoint takes no more streams")));
+                let failure = Failure::Endpoint("endpoint takes no more streams");
+                return Err(Broken { failure, processed: false, stale: true, body });
             }
         };
-        let state = if source.is_done() { State::Ended } else { State::Open };
-        let mut upload = Upload { stream, pending: Bytes::new(), state };
+        let state = if bodiless { State::Ended } else { State::Open };
+        let mut upload = Upload { stream, body, pending: Bytes::new(), state };
         loop {
-            let deadline = self.read_deadline();
             let next = poll_fn(|cx| poll_answer(cx, source, &mut upload, &mut answer));
-            let failure = match timer.within(deadline, next).await {
-                Ok(Ok(Some(response))) => return Ok(Answering { response, upload, lease }),
-                Ok(Ok(None)) => continue,
-                Ok(Err(broken)) => {
-                    if !broken.processed {
+            let failure = match timer.within(self.read_deadline(), next).await {
+                Ok(Ok(Progress::Answer(response))) => {
+                    upload.body.settle();
+                    return Ok(Answering { response, upload, lease });
+                }
+                Ok(Ok(Progress::Moved)) => continue,
+                Ok(Ok(Progress::Interim(response))) => {
+                    if source.interim(timer, &interim_head(&response)).await {
+                        continue;
+                    }
+                    Failure::Client
+                }
+                Ok(Err(AnswerError::Stream(error))) => {
+                    if !error.is_reset() {
                         lease.retire();
                     }
-                    return Err(broken);
+                    return Err(broken(&error, &lease, upload.body));
                 }
-                Err(Late) => Failure::Late,
+                Ok(Err(AnswerError::Upload(failure))) => failure,
+                Err(Late) if upload.awaits_client() => SLOW_BODY,
+                Err(Late) => {
+                    // Slow or dead: later requests find out on a connection of their own.
+                    lease.retire();
+                    Failure::Late
+                }
             };
             upload.cancel();
-            return Err(Broken { failure, processed: true });
+            return Err(Broken { failure, processed: true, stale: false, body: upload.body });
         }
     }
 }
 
-/// A failed stream, and whether the endpoint may have acted on it.
-struct Broken {
-    failure: Failure,
-    processed: bool,
+enum Progress {
+    Answer(Response<RecvStream>),
+    Interim(Response<()>),
+    /// Some of the body.
+    Moved,
 }
 
-/// `Ok(None)`: some of the body moved.
+enum AnswerError {
+    Stream(h2::Error),
+    Upload(Failure),
+}
+
 fn poll_answer<S: Source>(
     cx: &mut Context<'_>,
     source: &mut S,
     upload: &mut Upload,
     answer: &mut ResponseFuture,
-) -> Poll<Result<Option<Response<RecvStream>>, Broken>> {
-    use std::future::Future as _;
+) -> Poll<Result<Progress, AnswerError>> {
     let moved = upload.poll(cx, source);
-    match std::pin::Pin::new(answer).poll(cx) {
-        Poll::Ready(Ok(response)) => return Poll::Ready(Ok(Some(response))),
-        Poll::Ready(Err(error)) => return Poll::Ready(Err(broken(&error))),
-        Poll::Pending => {}
+    if let Poll::Ready(Some(Ok(interim))) = answer.poll_informational(cx) {
+        return Poll::Ready(Ok(Progress::Interim(interim)));
+    }
+    if let Poll::Ready(answered) = Pin::new(answer).poll(cx) {
+        return Poll::Ready(answered.map(Progress::Answer).map_err(AnswerError::Stream));
     }
     match moved {
-        Poll::Ready(Ok(())) => Poll::Ready(Ok(None)),
-        Poll::Ready(Err(UploadError::Endpoint)) => Poll::Pending,
-        Poll::Ready(Err(error)) => {
-            upload.cancel();
-            Poll::Ready(Err(Broken { failure: error.into(), processed: true }))
-        }
-        Poll::Pending => source.poll_gone(cx).map(|()| {
-            upload.cancel();
-            Err(Broken { failure: Failure::Client, processed: true })
-        }),
+        Poll::Ready(Ok(())) => return Poll::Ready(Ok(Progress::Moved)),
+        // It may still answer, or say why not.
+        Poll::Ready(Err(UploadError::Endpoint)) | Poll::Pending => {}
+        Poll::Ready(Err(error)) => return Poll::Ready(Err(AnswerError::Upload(error.into()))),
     }
+    source.poll_gone(cx).map(|()| Err(AnswerError::Upload(Failure::Client)))
 }
 
-fn broken(error: &h2::Error) -> Broken {
-    // RFC 9113 section 8.7: a refused stream was not processed; GOAWAY says so of streams above its last.
-    let refused = error.reason() == Some(Reason::REFUSED_STREAM);
-    let goaway = error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR);
-    Broken { failure: Failure::Endpoint("endpoint broke the stream"), processed: !refused && !goaway }
+fn broken(error: &h2::Error, lease: &Lease, body: Body) -> Broken {
+    // RFC 9113 section 8.7: a refused stream was not processed; a GOAWAY ends only streams above its last.
+    let refused = error.is_reset() && error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM);
+    let processed = !refused && !(error.is_go_away() && error.is_remote());
+    let stale = lease.reused && (error.is_io() || error.is_go_away());
+    Broken { failure: Failure::Endpoint("endpoint broke the stream"), processed, stale, body }
+}
+
+/// A 1xx head in HTTP/1 words.
+fn interim_head(response: &Response<()>) -> Output {
+    let mut head = Output::take();
+    let status = response.status();
+    put(&mut head, &[b"HTTP/1.1 ", status.as_str().as_bytes(), b" "]);
+    put(&mut head, &[status.canonical_reason().unwrap_or("").as_bytes(), b"\r\n"]);
+    for (name, value) in response.headers() {
+        put(&mut head, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
+    }
+    head.extend_from_slice(b"\r\n");
+    head
+}
+
+impl Body {
+    fn is_untouched(&self) -> bool {
+        self.kept.is_empty() && self.end.is_none() && !self.forgotten
+    }
+
+    /// What was kept, then what the client sends.
+    fn poll_next<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<Piece, UploadError>> {
+        if let Some(piece) = self.kept.get(self.next) {
+            self.next += 1;
+            return Poll::Ready(Ok(Piece::Data(piece.clone())));
+        }
+        if let Some(end) = &self.end {
+            return Poll::Ready(Ok(Piece::End(end.clone())));
+        }
+        let piece = ready!(source.poll_piece(cx))?;
+        match &piece {
+            Piece::Data(data) if !self.forgotten => {
+                self.bytes += data.len();
+                self.kept.push(data.clone());
+                self.next += 1;
+                if self.bytes > KEPT {
+                    self.settle();
+                }
+            }
+            Piece::Data(_) => {}
+            Piece::End(trailers) => self.end = Some(trailers.clone()),
+        }
+        Poll::Ready(Ok(piece))
+    }
+
+    /// From now on nothing is kept.
+    fn settle(&mut self) {
+        self.forgotten = true;
+        self.kept.drain(..self.next);
+        self.next = 0;
+    }
 }
 
 impl Upload {
     /// More of the body is to come.
     pub(crate) fn is_active(&self) -> bool {
         self.state == State::Open
+    }
+
+    /// All that came has left, and more is to come.
+    fn awaits_client(&self) -> bool {
+        self.is_active() && self.pending.is_empty()
     }
 
     /// Moves pieces of the body as the endpoint grants room for them.
@@ -212,7 +305,7 @@ impl Upload {
             return Poll::Pending;
         }
         if self.pending.is_empty() {
-            match ready!(source.poll_piece(cx))? {
+            match ready!(self.body.poll_next(cx, source))? {
                 Piece::Data(data) => self.pending = data,
                 Piece::End(trailers) => {
                     self.state = State::Ended;
@@ -224,16 +317,12 @@ impl Upload {
                 }
             }
         }
-        self.stream.reserve_capacity(self.pending.len());
-        let granted = match ready!(self.stream.poll_capacity(cx)) {
-            Some(Ok(granted)) => granted.min(self.pending.len()),
-            Some(Err(_)) | None => {
-                self.state = State::Broken;
-                source.abandon();
-                return Poll::Ready(Err(UploadError::Endpoint));
-            }
+        let Some(room) = ready!(poll_room(cx, &mut self.stream, self.pending.len())) else {
+            self.state = State::Broken;
+            source.abandon();
+            return Poll::Ready(Err(UploadError::Endpoint));
         };
-        let piece = self.pending.split_to(granted);
+        let piece = self.pending.split_to(room);
         Poll::Ready(self.stream.send_data(piece, false).map_err(|_| {
             self.state = State::Broken;
             UploadError::Endpoint
@@ -247,6 +336,22 @@ impl Upload {
     }
 }
 
+/// How many of `wanted` bytes the peer's window and our own buffer have room
+/// for, at least one. `None`: the stream takes no more.
+pub(crate) fn poll_room(cx: &mut Context<'_>, stream: &mut SendStream<Bytes>, wanted: usize) -> Poll<Option<usize>> {
+    stream.reserve_capacity(wanted);
+    loop {
+        match stream.capacity().min(wanted) {
+            // Tells of a change only, and may tell of one that came to nothing.
+            0 => match ready!(stream.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return Poll::Ready(None),
+            },
+            room => return Poll::Ready(Some(room)),
+        }
+    }
+}
+
 /// What an HTTP/2 response body yields next.
 pub(crate) enum Frame {
     Data(Bytes),
@@ -256,37 +361,33 @@ pub(crate) enum Frame {
 
 /// The next frame of a response body, while the request body goes on moving.
 pub(crate) async fn next_frame<S: Source>(
+    order: &Order<'_>,
     timer: &mut Timer,
-    deadline: Instant,
     source: &mut S,
     upload: &mut Upload,
     body: &mut RecvStream,
 ) -> Result<Frame, Failure> {
-    let next = poll_fn(|cx| {
-        loop {
+    loop {
+        let next = poll_fn(|cx| {
             let moved = upload.poll(cx, source);
-            match poll_frame(cx, body) {
-                Poll::Ready(frame) => return Poll::Ready(frame),
-                Poll::Pending => {}
+            if let Poll::Ready(frame) = poll_frame(cx, body) {
+                return Poll::Ready(frame.map(Some));
             }
             match moved {
-                Poll::Ready(Ok(())) => continue,
+                Poll::Ready(Ok(())) => return Poll::Ready(Ok(None)),
                 Poll::Ready(Err(UploadError::Endpoint)) | Poll::Pending => {}
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
             }
-            return source.poll_gone(cx).map(|()| Err(Failure::Client));
-        }
-    });
-    match timer.within(deadline, next).await {
-        Ok(Ok(frame)) => Ok(frame),
-        Ok(Err(failure)) => {
-            upload.cancel();
-            Err(failure)
-        }
-        Err(Late) => {
-            upload.cancel();
-            Err(Failure::Late)
-        }
+            source.poll_gone(cx).map(|()| Err(Failure::Client))
+        });
+        let failure = match timer.within(order.read_deadline(), next).await {
+            Ok(Ok(Some(frame))) => return Ok(frame),
+            Ok(Ok(None)) => continue,
+            Ok(Err(failure)) => failure,
+            Err(Late) => Failure::Late,
+        };
+        upload.cancel();
+        return Err(failure);
     }
 }
 

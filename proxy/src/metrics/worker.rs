@@ -91,6 +91,13 @@ pub struct ConnectionMetrics {
     pub http2: ProtocolMetrics,
 }
 
+impl ConnectionMetrics {
+    /// Those that speak HTTP/2, or HTTP/1.
+    pub fn protocol(&self, http2: bool) -> &ProtocolMetrics {
+        if http2 { &self.http2 } else { &self.http1 }
+    }
+}
+
 /// Downstream connections of one protocol.
 #[derive(Debug, Default)]
 pub struct ProtocolMetrics {

@@ -3,9 +3,17 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
+use socket2::SockRef;
+use tokio::sync::Notify;
+
+use crate::clock;
+use crate::endpoint::LiveEndpoint;
 
 use super::{Upstream, Upstreams};
 
@@ -15,83 +23,181 @@ const STREAMS: usize = 100;
 /// What an endpoint may send on one stream before we have passed it on.
 const STREAM_WINDOW: u32 = 128 << 10;
 
-/// The same for all streams of a connection together.
-const CONNECTION_WINDOW: u32 = 1 << 20;
+/// Enough for every stream to be full: a client that does not read must not
+/// hold up the others that share the connection.
+const CONNECTION_WINDOW: u32 = STREAM_WINDOW * STREAMS as u32;
+
+/// How long the kernel tries to deliver before it gives up a connection. One
+/// to a node that vanished would otherwise take requests for a quarter of an hour.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(20);
 
 /// The open connections to one endpoint.
-#[derive(Default)]
 pub(crate) struct Shared {
     connections: RefCell<Vec<Rc<Connection>>>,
+    /// Somebody is opening one; the others wait for it.
+    connecting: Cell<bool>,
+    /// Attempts that failed, so that those who waited for one know.
+    failures: Cell<u64>,
+    changed: Notify,
+    /// Streams the endpoint allowed last: a new connection is used before it says so again.
+    allowed: Cell<usize>,
+}
+
+impl Default for Shared {
+    fn default() -> Shared {
+        Shared {
+            connections: RefCell::default(),
+            connecting: Cell::new(false),
+            failures: Cell::new(0),
+            changed: Notify::new(),
+            allowed: Cell::new(STREAMS),
+        }
+    }
 }
 
 struct Connection {
     send: RefCell<SendRequest<Bytes>>,
+    live: Arc<LiveEndpoint>,
     streams: Cell<usize>,
     closed: Cell<bool>,
+    /// When the last stream ended, in milliseconds of [`clock::now_ms`].
+    idle_since: Cell<u64>,
 }
 
 /// Permission to open one stream; held until the stream has ended.
-pub(crate) struct Lease(Rc<Connection>);
+pub(crate) struct Lease {
+    connection: Rc<Connection>,
+    /// The connection was there before.
+    pub(crate) reused: bool,
+}
 
 impl Lease {
+    fn new(connection: Rc<Connection>, reused: bool) -> Lease {
+        connection.streams.set(connection.streams.get() + 1);
+        connection.live.begin();
+        Lease { connection, reused }
+    }
+
     /// A handle that can send the request.
     pub(crate) fn sender(&self) -> SendRequest<Bytes> {
-        self.0.send.borrow().clone()
+        self.connection.send.borrow().clone()
     }
 
     /// No new streams on this connection; those under way finish.
     pub(crate) fn retire(&self) {
-        self.0.closed.set(true);
+        self.connection.closed.set(true);
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.0.streams.set(self.0.streams.get() - 1);
+        let connection = &self.connection;
+        connection.live.end();
+        connection.streams.set(connection.streams.get() - 1);
+        connection.idle_since.set(clock::now_ms());
+    }
+}
+
+impl Connection {
+    /// The endpoint has neither hung up nor said goodbye.
+    fn is_open(&self) -> bool {
+        let mut cx = Context::from_waker(Waker::noop());
+        !self.closed.get() && !matches!(self.send.borrow_mut().poll_ready(&mut cx), Poll::Ready(Err(_)))
     }
 }
 
 impl Shared {
     /// A stream on an open connection, if one has room.
-    pub(crate) fn lease(&self) -> Option<Lease> {
+    fn lease(&self) -> Option<Lease> {
         let mut connections = self.connections.borrow_mut();
-        connections.retain(|c| !c.closed.get());
-        let roomy =
-            |c: &&Rc<Connection>| c.streams.get() < c.send.borrow().current_max_send_streams().min(STREAMS);
-        connections.iter().find(roomy).map(|c| open_stream(c.clone()))
+        connections.retain(|c| c.is_open());
+        let roomy = connections.iter().find(|c| {
+            let allowed = c.send.borrow().current_max_send_streams().min(STREAMS);
+            self.allowed.set(allowed.max(1));
+            c.streams.get() < allowed
+        });
+        roomy.map(|c| Lease::new(c.clone(), true))
     }
 
     pub(crate) fn is_idle(&self) -> bool {
         self.connections.borrow().iter().all(|c| c.streams.get() == 0)
     }
 
-    fn add(&self, connection: Rc<Connection>) -> Lease {
-        self.connections.borrow_mut().push(connection.clone());
-        open_stream(connection)
+    /// Lets go of connections that ended, or had no stream for `idle_ms`.
+    pub(super) fn sweep(&self, now_ms: u64, idle_ms: u64) {
+        let is_fresh = |c: &Connection| c.streams.get() > 0 || now_ms.saturating_sub(c.idle_since.get()) < idle_ms;
+        self.connections.borrow_mut().retain(|c| c.is_open() && is_fresh(c));
     }
 }
 
-fn open_stream(connection: Rc<Connection>) -> Lease {
-    connection.streams.set(connection.streams.get() + 1);
-    Lease(connection)
+/// The turn to open a connection; whoever waits for it learns of its end.
+struct Turn<'s>(&'s Shared);
+
+impl<'s> Turn<'s> {
+    fn take(shared: &'s Shared) -> Option<Turn<'s>> {
+        (!shared.connecting.replace(true)).then_some(Turn(shared))
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.connecting.set(false);
+        self.0.changed.notify_waiters();
+    }
+}
+
+/// A connection could not be opened. One attempt may fail many requests, and
+/// counts against the endpoint only once.
+pub(crate) struct NotConnected {
+    pub(crate) counts: bool,
 }
 
 impl Upstreams {
-    /// Opens another HTTP/2 connection and takes a stream on it; the caller bounds the time.
-    pub(crate) async fn connect_h2(&self, upstream: &Upstream) -> io::Result<Lease> {
+    /// A stream on an open connection or, failing that, on a new one; requests
+    /// that need one at the same time wait for the same. The caller bounds the time.
+    pub(crate) async fn lease(&self, upstream: &Upstream) -> Result<Lease, NotConnected> {
+        let shared = &upstream.h2;
+        loop {
+            if let Some(lease) = shared.lease() {
+                self.metrics.upstream_reused.inc();
+                return Ok(lease);
+            }
+            if let Some(_turn) = Turn::take(shared) {
+                return self.connect_h2(upstream).await.map_err(|error| {
+                    tracing::debug!(endpoint = %upstream.live.address, %error, "cannot connect");
+                    shared.failures.set(shared.failures.get() + 1);
+                    NotConnected { counts: true }
+                });
+            }
+            let failures = shared.failures.get();
+            shared.changed.notified().await;
+            if shared.failures.get() != failures {
+                return Err(NotConnected { counts: false });
+            }
+        }
+    }
+
+    async fn connect_h2(&self, upstream: &Upstream) -> io::Result<Lease> {
         let peer = self.connect(upstream).await?;
         let (metrics, conn) = peer.into_parts();
+        SockRef::from(conn.tcp()).set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
         let (send, driver) = h2::client::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_max_send_streams(upstream.h2.allowed.get())
             .max_send_buffer_size(64 << 10)
             .enable_push(false)
             .handshake::<_, Bytes>(conn)
             .await
             .map_err(io::Error::other)?;
-        let connection =
-            Rc::new(Connection { send: RefCell::new(send), streams: Cell::new(0), closed: Cell::new(false) });
-        let lease = upstream.h2.add(connection.clone());
+        let connection = Rc::new(Connection {
+            send: RefCell::new(send),
+            live: upstream.live.clone(),
+            streams: Cell::new(0),
+            closed: Cell::new(false),
+            idle_since: Cell::new(clock::now_ms()),
+        });
+        upstream.h2.connections.borrow_mut().push(connection.clone());
         // The driver ends when the endpoint hangs up, or when we have dropped every handle.
         let weak = Rc::downgrade(&connection);
         tokio::task::spawn_local(async move {
@@ -103,6 +209,6 @@ impl Upstreams {
             }
             drop(metrics);
         });
-        Ok(lease)
+        Ok(Lease::new(connection, false))
     }
 }

@@ -13,6 +13,7 @@ use crate::http::over_h2::{Answering, Frame, next_frame};
 use crate::http::record::Record;
 use crate::http::{chunked, map};
 use crate::metrics;
+use crate::table::UpstreamProtocol;
 use crate::timer::Timer;
 
 use super::relay::{FromClient, delivery};
@@ -25,6 +26,7 @@ pub(super) fn request(
     client: &Client,
     forwarded: &Forwarded<'_>,
     id: &RequestId,
+    protocol: UpstreamProtocol,
 ) -> Result<Request<()>, Reject> {
     let malformed = Reject { status: 400, reason: "malformed request" };
     let mut headers = HeaderMap::with_capacity(head.headers.len() + 8);
@@ -46,7 +48,7 @@ pub(super) fn request(
     let mut request = Request::new(());
     *request.method_mut() = http::Method::from_bytes(head.method).map_err(|_| malformed)?;
     *request.uri_mut() = http::Uri::builder()
-        .scheme(client.scheme.as_str())
+        .scheme(map::scheme(protocol))
         .authority(authority)
         .path_and_query(head.target)
         .build()
@@ -115,7 +117,7 @@ async fn relay(
     loop {
         let frame = match framing {
             Framing::None => Ok(Frame::End),
-            _ => next_frame(timer, order.read_deadline(), source, &mut upload, body).await,
+            _ => next_frame(order, timer, source, &mut upload, body).await,
         };
         let (data, trailers) = match frame {
             Ok(Frame::Data(data)) => (data, None),
@@ -133,7 +135,7 @@ async fn relay(
         }
         if let (true, Some(trailers)) = (chunked, &trailers) {
             after.extend_from_slice(b"0\r\n");
-            map::write_lines(&mut after, trailers);
+            map::write_trailers(&mut after, trailers);
             after.extend_from_slice(b"\r\n");
         }
         if !send(timer, source.conn, source.write_timeout, [out, &data, &after]).await {

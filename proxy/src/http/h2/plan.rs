@@ -1,0 +1,165 @@
+//! What becomes of an HTTP/2 request, settled before a byte of it moves on.
+
+use bytes::Bytes;
+use h2::RecvStream;
+use http::{HeaderMap, HeaderValue, Method, Request, header};
+use smallvec::SmallVec;
+
+use crate::buffer::Output;
+use crate::http::client::{Client, Forwarded};
+use crate::http::forward::{RequestId, put, write_framing};
+use crate::http::head::{Framing, Reject, is_authority};
+use crate::http::{Asked, Verdict, decide, map, write_https_location};
+use crate::router::Router;
+use crate::table::UpstreamProtocol;
+
+use super::Http2;
+
+/// What is sent upstream, settled before a byte moves.
+pub(super) struct Plan {
+    pub(super) authority: Bytes,
+    pub(super) id: RequestId,
+    /// Extra fields of an answer of our own.
+    pub(super) location: Option<HeaderValue>,
+    /// Head for an HTTP/1 endpoint.
+    pub(super) head: Output,
+    /// Request for an HTTP/2 endpoint.
+    pub(super) request: Option<Request<()>>,
+}
+
+/// Decides, and prepares what is sent upstream.
+pub(super) fn plan<'r>(
+    shared: &Http2,
+    router: &'r Router,
+    request: &Request<()>,
+    body: &RecvStream,
+) -> Result<(Verdict<'r>, Plan), Reject> {
+    let Http2 { worker, client, .. } = shared;
+    let authority = authority(request)?;
+    let target = target(request);
+    if target.len() > worker.config.limits.target_bytes {
+        return Err(Reject { status: 414, reason: "target too long" });
+    }
+    // Cookies come in crumbs, any number of which are one field to everybody else.
+    let crumbs = request.headers().get_all(header::COOKIE).iter().count();
+    if request.headers().len() - crumbs > worker.config.limits.headers {
+        return Err(Reject { status: 431, reason: "too many header fields" });
+    }
+    if *request.method() == Method::CONNECT {
+        return Err(Reject { status: 405, reason: "method not allowed" });
+    }
+    let forwarded = client.forwarded(&map::claims(request.headers()));
+    let view = map::MapView { headers: request.headers(), client: forwarded.address };
+    let https = forwarded.is_https(client);
+    let asked = Asked { authority: &authority, path: request.uri().path().as_bytes(), https };
+    let verdict = decide(worker, router, client, &asked, &view)?;
+    let sent = request.headers().get("x-request-id").map(HeaderValue::as_bytes);
+    let id = RequestId::new(sent, &mut worker.random.borrow_mut());
+    let mut plan = Plan { authority, id, location: None, head: Output::take(), request: None };
+    match &verdict {
+        Verdict::Answer(answer) if answer.to_https => {
+            let mut location = Vec::new();
+            write_https_location(&mut location, worker, &plan.authority, target.as_bytes());
+            plan.location = HeaderValue::from_maybe_shared(Bytes::from(location)).ok();
+        }
+        Verdict::Answer(_) => {}
+        Verdict::Forward(forward) => {
+            let pool = router.pool(forward.split.backends[forward.choice.backend].pool);
+            match pool.protocol {
+                UpstreamProtocol::Http1 | UpstreamProtocol::Https => {
+                    write_request(&mut plan, client, &forwarded, request, framing(request, body));
+                }
+                UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
+                    let mut upstream = request.clone();
+                    let headers = upstream.headers_mut();
+                    let replaced: SmallVec<[_; 8]> =
+                        headers.keys().filter(|n| map::is_replaced(n)).cloned().collect();
+                    for name in replaced {
+                        headers.remove(name);
+                    }
+                    map::add_forwarded(headers, client, &forwarded, &plan.authority, &plan.id);
+                    plan.request = Some(with_authority(upstream, map::scheme(pool.protocol), &plan.authority)?);
+                }
+            }
+        }
+    }
+    Ok((verdict, plan))
+}
+
+/// `:authority`, or Host in its place; both must say the same (RFC 9113 section 8.3.1).
+fn authority(request: &Request<()>) -> Result<Bytes, Reject> {
+    let host = request.headers().get(header::HOST).map(HeaderValue::as_bytes);
+    let named = request.uri().authority().map(|a| a.as_str().as_bytes());
+    let authority = match (named, host) {
+        (Some(named), Some(host)) if !named.eq_ignore_ascii_case(host) => {
+            return Err(Reject { status: 400, reason: "Host differs from :authority" });
+        }
+        (Some(named), _) => named,
+        (None, Some(host)) => host,
+        (None, None) => return Err(Reject { status: 400, reason: "missing :authority" }),
+    };
+    if request.headers().get_all(header::HOST).iter().count() > 1 {
+        return Err(Reject { status: 400, reason: "duplicate Host" });
+    }
+    match is_authority(authority) {
+        true => Ok(Bytes::copy_from_slice(authority)),
+        false => Err(Reject { status: 400, reason: "malformed :authority" }),
+    }
+}
+
+fn with_authority(mut request: Request<()>, scheme: &str, authority: &[u8]) -> Result<Request<()>, Reject> {
+    let target = target(&request);
+    let uri = http::Uri::builder().scheme(scheme).authority(authority).path_and_query(target).build();
+    *request.uri_mut() = uri.map_err(|_| Reject { status: 400, reason: "malformed target" })?;
+    *request.version_mut() = http::Version::HTTP_2;
+    Ok(request)
+}
+
+/// The request head for an HTTP/1 endpoint.
+fn write_request(
+    plan: &mut Plan,
+    client: &Client,
+    forwarded: &Forwarded<'_>,
+    request: &Request<()>,
+    framing: Framing,
+) {
+    let Plan { head, authority, id, .. } = plan;
+    let target = target(request).as_bytes();
+    put(head, &[request.method().as_str().as_bytes(), b" ", target]);
+    put(head, &[b" HTTP/1.1\r\nHost: ", authority, b"\r\n"]);
+    client.write_forwarded(head, forwarded);
+    let host = forwarded.claims.host.unwrap_or(authority);
+    put(head, &[b"X-Forwarded-Host: ", host, b"\r\nX-Request-ID: ", id.as_bytes(), b"\r\n"]);
+    write_kept(head, request.headers());
+    write_framing(head, framing);
+    head.extend_from_slice(b"\r\n");
+}
+
+fn target(request: &Request<()>) -> &str {
+    request.uri().path_and_query().map_or("/", |t| t.as_str())
+}
+
+/// The fields that go on to an HTTP/1 endpoint.
+fn write_kept(head: &mut Output, headers: &HeaderMap) {
+    for (name, value) in headers {
+        let elsewhere = name == header::CONTENT_LENGTH || name == header::COOKIE;
+        if !elsewhere && !map::is_replaced(name) {
+            put(head, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
+        }
+    }
+    map::write_cookies(head, headers);
+}
+
+/// How the body is delimited for an HTTP/1 endpoint.
+pub(super) fn framing(request: &Request<()>, body: &RecvStream) -> Framing {
+    let length = request.headers().get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse().ok());
+    match (length, body.is_end_stream()) {
+        // The `h2` crate has refused a request that ends before its Content-Length.
+        (Some(n), _) => Framing::Length(n),
+        (None, false) => Framing::Chunked,
+        // Without it some servers answer 411 (RFC 9110 section 8.6).
+        (None, true) if matches!(*request.method(), Method::POST | Method::PUT | Method::PATCH) => Framing::Length(0),
+        (None, true) => Framing::None,
+    }
+}
+
