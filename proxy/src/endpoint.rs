@@ -88,8 +88,8 @@ pub struct LiveEndpoint {
     failures: AtomicU64,
     /// Milliseconds on the caller's clock; 0 before the first ejection.
     ejected_until: AtomicU64,
-    /// Workers that hold it for their connections' sake.
-    workers: AtomicU32,
+    /// How many [`Held`] there are.
+    held: AtomicU32,
     in_flight: OwnLine<AtomicU32>,
 }
 
@@ -108,7 +108,7 @@ impl LiveEndpoint {
             protocol,
             failures: AtomicU64::new(0),
             ejected_until: AtomicU64::new(0),
-            workers: AtomicU32::new(0),
+            held: AtomicU32::new(0),
             in_flight: OwnLine::default(),
         }
     }
@@ -163,26 +163,46 @@ impl LiveEndpoint {
         debug_assert!(before > 0, "end without begin on {}", self.address);
     }
 
-    /// A worker holds one more clone, for its connections.
-    pub(crate) fn join(&self) {
-        self.workers.fetch_add(1, Release);
-    }
-
-    /// That worker is about to drop its clone.
-    pub(crate) fn leave(&self) {
-        self.workers.fetch_sub(1, Release);
-    }
-
-    /// Whether anyone but workers holds it, as a router does that names it. Wrong for an instant
-    /// when a worker comes or goes right now; that costs a connection opened anew, at most.
-    pub(crate) fn is_named(self: &Arc<Self>) -> bool {
-        let workers = self.workers.load(Acquire);
-        Arc::strong_count(self) > workers as usize
-    }
-
     /// Requests that began and have not ended, of all workers.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.0.load(Relaxed)
+    }
+}
+
+/// An endpoint held by a worker for its connections' sake, told apart from who names it.
+#[derive(Debug)]
+pub(crate) struct Held(Arc<LiveEndpoint>);
+
+impl Held {
+    pub(crate) fn new(live: Arc<LiveEndpoint>) -> Held {
+        live.held.fetch_add(1, Release);
+        Held(live)
+    }
+
+    /// Whether anyone else holds it, as a router does that names it. Wrong for an instant when a
+    /// worker comes or goes right now; that costs a connection opened anew, at most.
+    pub(crate) fn is_named(&self) -> bool {
+        let held = self.0.held.load(Acquire);
+        Arc::strong_count(&self.0) > held as usize
+    }
+}
+
+impl Clone for Held {
+    fn clone(&self) -> Held {
+        Held::new(self.0.clone())
+    }
+}
+
+impl std::ops::Deref for Held {
+    type Target = LiveEndpoint;
+    fn deref(&self) -> &LiveEndpoint {
+        &self.0
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Release);
     }
 }
 

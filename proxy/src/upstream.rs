@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use crate::conn::Conn;
-use crate::endpoint::LiveEndpoint;
+use crate::endpoint::{Held, LiveEndpoint};
 use crate::metrics::WorkerMetrics;
 use crate::table::UpstreamProtocol;
 use crate::tls;
@@ -31,7 +31,7 @@ pub(crate) struct Upstreams {
 /// The connections to one endpoint. An address that leaves the table keeps
 /// serving what it has; its idle connections go with the next sweep.
 pub(crate) struct Upstream {
-    pub(crate) live: Arc<LiveEndpoint>,
+    pub(crate) live: Held,
     idle: RefCell<Vec<Idle>>,
     pub(crate) h2: h2::Shared,
 }
@@ -166,9 +166,10 @@ impl Upstreams {
     pub(crate) fn sweep(&self, now_ms: u64) {
         self.by_id.borrow_mut().retain(|_, upstream| {
             let named = upstream.live.is_named();
-            let fresh = |i: &Idle| named && now_ms.saturating_sub(i.since_ms) < self.idle_ms;
-            upstream.idle.borrow_mut().retain(fresh);
-            upstream.h2.sweep(now_ms, if named { self.idle_ms } else { 0 });
+            // Nothing new will go to what no table names.
+            let idle_ms = if named { self.idle_ms } else { 0 };
+            upstream.idle.borrow_mut().retain(|i| now_ms.saturating_sub(i.since_ms) < idle_ms);
+            upstream.h2.sweep(now_ms, idle_ms);
             // Requests under way, and tunnels, hold it by its count.
             named || Rc::strong_count(upstream) > 1 || !upstream.h2.is_idle()
         });
@@ -177,13 +178,6 @@ impl Upstreams {
 
 impl Upstream {
     fn new(live: Arc<LiveEndpoint>) -> Upstream {
-        live.join();
-        Upstream { live, idle: RefCell::default(), h2: h2::Shared::default() }
-    }
-}
-
-impl Drop for Upstream {
-    fn drop(&mut self) {
-        self.live.leave();
+        Upstream { live: Held::new(live), idle: RefCell::default(), h2: h2::Shared::default() }
     }
 }

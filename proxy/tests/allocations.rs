@@ -2,6 +2,7 @@
 //!
 //! Counted is what happens on worker threads while requests pass; the test's own client and
 //! endpoints run on other threads. `LOCKGATE_SHOW_ALLOCATIONS=1` prints where the first ones happen.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they expect by panicking")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -124,7 +125,8 @@ fn measure<S: std::io::Read + std::io::Write>(
     if std::env::var_os("LOCKGATE_SHOW_ALLOCATIONS").is_some() {
         SHOWN.store(4, Relaxed);
     }
-    (ALLOCATED.store(0, Relaxed), FREED.store(0, Relaxed));
+    ALLOCATED.store(0, Relaxed);
+    FREED.store(0, Relaxed);
     COUNTING.store(true, Relaxed);
     round(ROUNDS);
     COUNTING.store(false, Relaxed);
@@ -158,7 +160,11 @@ const CASES: &[Case] = &[
     case("GET as browsers do", "GET /deep/path?with=query&and=more", BROWSER),
     Case { status: 204, ..case("HEAD", "HEAD /", "\r\n") },
     case("POST", "POST /", "Content-Length: 11\r\n\r\nhello world"),
-    case("POST in chunks", "POST /", "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n"),
+    case(
+        "POST in chunks",
+        "POST /",
+        "Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n",
+    ),
     case("POST asking to continue", "POST /", "Expect: 100-continue\r\nContent-Length: 5\r\n\r\nhello"),
     case("PUT with a larger body", "PUT /", LARGE),
     case("path in need of normalisation", "GET /a/%62/./c/..//d%20e", "\r\n"),
@@ -204,7 +210,8 @@ const LARGE: &str = {
 };
 
 fn canary_table() -> RoutingTable {
-    let chunked: &[u8] = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n\r\n";
+    let chunked: &[u8] =
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n\r\n";
     let large = ok(&vec![b'x'; 64 << 10]);
     let main = answers(move |request| match &request.head {
         head if head.starts_with("GET /chunked ") => chunked.to_vec(),
@@ -254,7 +261,12 @@ fn canary_table() -> RoutingTable {
         split("/canary/three", &[50, 30, 20], None, None),
         split("/canary/header", &[100, 0], Some(When::Header(header())), None),
         split("/canary/value", &[100, 0], Some(When::HeaderValue(header(), "blue".into())), None),
-        split("/canary/pattern", &[100, 0], Some(When::HeaderPattern(header(), "^gr(e+)n-[0-9]".into())), None),
+        split(
+            "/canary/pattern",
+            &[100, 0],
+            Some(When::HeaderPattern(header(), "^gr(e+)n-[0-9]".into())),
+            None,
+        ),
         split("/canary/cookie", &[100, 0], Some(When::Cookie("canary".into())), None),
         split("/sticky/cookie", &[50, 50], None, Some(Sticky::Cookie("version".into()))),
         split("/sticky/header", &[50, 50], None, Some(Sticky::Header("X-User".into()))),

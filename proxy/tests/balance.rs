@@ -1,15 +1,17 @@
 //! Which endpoint takes a request, seen by real endpoints: shares, load, ejection, and what
 //! of it survives a publish.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they expect by panicking")]
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lockgate_proxy::Config;
 use lockgate_proxy::config::Timeouts;
 use lockgate_proxy::endpoint::Ejection;
 use lockgate_proxy::table::{Balance, Host, HostPattern, PathMatch, RoutingTable, UpstreamProtocol};
+use tokio::time::Instant;
 
 #[path = "support/toy.rs"]
 mod toy;
@@ -80,7 +82,8 @@ impl Station {
 
     /// Switches protocols, says its name at the end of the hold, then echoes.
     fn tunnel(&self, mut stream: TcpStream, name: &str) -> std::io::Result<()> {
-        stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")?;
+        stream
+            .write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")?;
         self.hold();
         stream.write_all(name.as_bytes())?;
         let mut room = [0; 1024];
@@ -114,7 +117,8 @@ impl Station {
 
     fn wait(&self, what: &str, until: impl Fn(&State) -> bool) {
         let state = self.shared.0.lock().unwrap();
-        let (_state, timeout) = self.shared.1.wait_timeout_while(state, PATIENCE, |state| !until(state)).unwrap();
+        let (_state, timeout) =
+            self.shared.1.wait_timeout_while(state, PATIENCE, |state| !until(state)).unwrap();
         assert!(!timeout.timed_out(), "waited in vain for {what}");
     }
 
@@ -248,7 +252,8 @@ fn in_flight(proxy: &lockgate_proxy::Proxy, station: &Station) -> u32 {
 fn least_request_counts_a_request_until_it_has_ended() {
     for path in OCCUPIED {
         let [a, b] = [Station::new(), Station::new()];
-        let (proxy, _publisher) = toy::start(toy::config(), table(&[(&a, 1), (&b, 1)], Balance::LeastRequest));
+        let (proxy, _publisher) =
+            toy::start(toy::config(), table(&[(&a, 1), (&b, 1)], Balance::LeastRequest));
         let address = proxy.http_addrs()[0];
         let mut held: Vec<Held> = (0..6).map(|_| hold(address, path, &[&a, &b])).collect();
         assert_eq!((a.held(), b.held()), (3, 3), "{path}");
@@ -335,6 +340,25 @@ fn an_endpoint_that_refuses_connections_is_left_alone() {
     ask(&mut wire::plain(proxy.http_addrs()[0]), 100);
     let metrics = proxy.metrics().encode();
     assert!(metrics.contains("lockgate_upstream_connections_total{result=\"failed\"} 3\n"), "{metrics}");
+}
+
+/// Better a doubtful endpoint than none.
+#[test]
+fn when_all_are_left_alone_they_are_asked_all_the_same() {
+    let [a, b] = [Station::new(), Station::new()];
+    let (proxy, _publisher) = toy::start(ejecting(600_000), table(&[(&a, 1), (&b, 1)], Balance::RoundRobin));
+    let mut client = wire::plain(proxy.http_addrs()[0]);
+    for station in [&a, &b] {
+        station.change(|state| state.broken = true);
+    }
+    await_that("both ejections", || {
+        assert_eq!(client.ask(GET).status(), 502);
+        proxy.metrics().encode().contains("lockgate_endpoint_ejections_total 2\n")
+    });
+    for station in [&a, &b] {
+        station.change(|state| state.broken = false);
+    }
+    ask(&mut client, 10);
 }
 
 #[test]

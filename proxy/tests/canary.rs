@@ -1,10 +1,12 @@
 //! Canary splits through real sockets: exact shares, who decides first, who stays where.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they expect by panicking")]
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use lockgate_proxy::table::{
-    Action, Backend, Host, HostPattern, Override, PathMatch, RoutingTable, Split, Sticky, UpstreamProtocol, When,
+    Action, Backend, Host, HostPattern, Override, PathMatch, RoutingTable, Split, Sticky, UpstreamProtocol,
+    When,
 };
 use lockgate_proxy::{Proxy, Publisher};
 
@@ -72,7 +74,8 @@ fn served(client: &mut Plain, count: usize) -> Vec<usize> {
         client.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n".repeat(batch).as_bytes());
         for _ in 0..batch {
             let answer = client.receive().unwrap().unwrap();
-            served.push(NAMES.iter().position(|name| *name == answer.text()).expect(answer.text()));
+            let backend = NAMES.iter().position(|name| *name == answer.text());
+            served.push(backend.unwrap_or_else(|| panic!("{} {}", answer.head, answer.text())));
         }
     }
     served
@@ -168,14 +171,41 @@ const ROWS: &[Row] = &[
     ("cookie never excludes it at weight 100", &[Cookie], 100, "Cookie: try=never", "primary"),
     ("cookie with another value falls through", &[Cookie], 100, "Cookie: try=yes", "canary"),
     ("cookie names know case", &[Cookie], 0, "Cookie: Try=always", "primary"),
-    ("header always beats cookie never", &[Header, Cookie], 0, "X-Canary: always\r\nCookie: try=never", "canary"),
-    ("header never beats cookie always", &[Header, Cookie], 100, "X-Canary: never\r\nCookie: try=always", "primary"),
-    ("a header that says nothing leaves it to the cookie", &[Header, Cookie], 0,
-        "X-Canary: x\r\nCookie: try=always", "canary"),
-    ("a value that differs leaves it to the cookie", &[Value("blue"), Cookie], 100,
-        "X-Canary: red\r\nCookie: try=never", "primary"),
-    ("a pattern that fails leaves it to the cookie", &[Pattern("^b"), Cookie], 0,
-        "X-Canary: red\r\nCookie: try=always", "canary"),
+    (
+        "header always beats cookie never",
+        &[Header, Cookie],
+        0,
+        "X-Canary: always\r\nCookie: try=never",
+        "canary",
+    ),
+    (
+        "header never beats cookie always",
+        &[Header, Cookie],
+        100,
+        "X-Canary: never\r\nCookie: try=always",
+        "primary",
+    ),
+    (
+        "a header that says nothing leaves it to the cookie",
+        &[Header, Cookie],
+        0,
+        "X-Canary: x\r\nCookie: try=always",
+        "canary",
+    ),
+    (
+        "a value that differs leaves it to the cookie",
+        &[Value("blue"), Cookie],
+        100,
+        "X-Canary: red\r\nCookie: try=never",
+        "primary",
+    ),
+    (
+        "a pattern that fails leaves it to the cookie",
+        &[Pattern("^b"), Cookie],
+        0,
+        "X-Canary: red\r\nCookie: try=always",
+        "canary",
+    ),
     ("neither header nor cookie leaves it to weight 0", &[Header, Cookie], 0, "X-Other: 1", "primary"),
     ("neither header nor cookie leaves it to weight 100", &[Header, Cookie], 100, "X-Other: 1", "canary"),
 ];
@@ -238,7 +268,8 @@ fn users_stay_while_the_weight_rises_and_only_move_to_the_canary() {
     const USERS: usize = 400;
     let mut stage = Stage::new();
     let mut client = stage.connect();
-    let sticky = |weight| Split { sticky: Some(Sticky::Cookie("version".into())), ..split(&[100 - weight, weight]) };
+    let sticky =
+        |weight| Split { sticky: Some(Sticky::Cookie("version".into())), ..split(&[100 - weight, weight]) };
     stage.publish(sticky(5), &[0, 1]);
     let mut users: Vec<(String, String)> = (0..USERS)
         .map(|_| {
@@ -272,7 +303,8 @@ fn a_cookie_that_is_no_bucket_is_replaced() {
     let split = Split { sticky: Some(Sticky::Cookie("version".into())), ..split(&[50, 50]) };
     stage.publish(split, &[0, 1]);
     for value in ["", "x", "-1", "10000", "99999999999999999999", "1 2"] {
-        let answer = client.ask(format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: version={value}\r\n\r\n").as_bytes());
+        let answer =
+            client.ask(format!("GET / HTTP/1.1\r\nHost: a\r\nCookie: version={value}\r\n\r\n").as_bytes());
         let bucket: u16 = cookie(&answer).unwrap_or_else(|| panic!("{value:?} was taken")).parse().unwrap();
         assert!(bucket < 10_000, "{bucket}");
     }

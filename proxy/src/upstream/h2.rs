@@ -3,7 +3,6 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use socket2::SockRef;
 use tokio::sync::Notify;
 
 use crate::clock;
-use crate::endpoint::LiveEndpoint;
+use crate::endpoint::Held;
 
 use super::{Upstream, Upstreams};
 
@@ -57,7 +56,7 @@ impl Default for Shared {
 
 struct Connection {
     send: RefCell<SendRequest<Bytes>>,
-    live: Arc<LiveEndpoint>,
+    live: Held,
     streams: Cell<usize>,
     closed: Cell<bool>,
     /// When the last stream ended, in milliseconds of [`clock::now_ms`].

@@ -111,7 +111,11 @@ impl<S: Read + Write> Wire<S> {
             }
             searched = filled.len().saturating_sub(end.len() - 1);
             if !self.fill()? {
-                return if self.start == self.buffer.len() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+                return if self.start == self.buffer.len() {
+                    Ok(None)
+                } else {
+                    Err(io::ErrorKind::UnexpectedEof.into())
+                };
             }
         }
     }
