@@ -220,12 +220,12 @@ impl RequestView for Http1View<'_, '_, '_> {
 
 /// More bytes are needed, unless the limits already say no.
 fn partial<T>(bytes: &[u8], limits: &Limits) -> Result<Option<T>, Reject> {
-    if bytes.len() >= limits.header_bytes {
-        return Err(Reject { status: 431, reason: "headers too large" });
-    }
     let line_ended = bytes.contains(&b'\n');
     if !line_ended && bytes.len() > limits.target_bytes + 64 {
         return Err(Reject { status: 414, reason: "target too long" });
+    }
+    if bytes.len() >= limits.header_bytes {
+        return Err(Reject { status: 431, reason: "headers too large" });
     }
     require_crlf(bytes)?;
     Ok(None)

@@ -180,7 +180,11 @@ async fn relay(
         });
     }
     let delivered = deliver(order, timer, source, &reply, &mut peer.conn, &mut answer, out, record).await;
-    if let Err(reason) = delivered {
+    if let Err(broken) = delivered {
+        let reason = match broken {
+            Broken::Unsent(reason) => return Err(Failure::Nonsense(reason)),
+            Broken::Midway(reason) => reason,
+        };
         // The client sees a body cut short; there is no other way to tell it.
         record.reason = reason;
         return Ok(Next::Close(false));
@@ -233,6 +237,13 @@ pub(super) fn delivery(order: &Order<'_>, shape: Shape, framing: Framing, upload
     Delivery { framing, keep_alive: shape.keep_alive && stays, minor: shape.minor }
 }
 
+/// Why a response did not get through.
+enum Broken {
+    /// Before any of it was sent.
+    Unsent(&'static str),
+    Midway(&'static str),
+}
+
 /// Moves the body. The head in `out` leaves with its first piece.
 async fn deliver(
     order: &Order<'_>,
@@ -243,21 +254,23 @@ async fn deliver(
     answer: &mut Buffer,
     out: &mut Output,
     record: &mut Record,
-) -> Result<(), &'static str> {
+) -> Result<(), Broken> {
     let chunked = reply.delivery.framing == Framing::Chunked;
     let mut body = Incoming::new(reply.framing);
     let mut after = Output::take();
     let mut ended = false;
     loop {
-        let mut piece = body.next(answer).map_err(|e| e.0)?;
+        // Until its first piece leaves, the head can still be taken back.
+        let broken = if out.is_empty() { Broken::Midway } else { Broken::Unsent };
+        let mut piece = body.next(answer).map_err(|e| broken(e.0))?;
         piece.done |= ended && body.ends_at_close();
         if ended && !piece.done {
-            return Err("endpoint closed the connection within a response body");
+            return Err(Broken::Midway("endpoint closed the connection within a response body"));
         }
         body.frame(chunked, piece, out, &mut after);
         let parts = [out.as_slice(), &answer.filled()[..piece.data], after.as_slice()];
         if !send(timer, source.conn, source.write_timeout, parts).await {
-            return Err("client closed the connection");
+            return Err(Broken::Midway("client closed the connection"));
         }
         record.bytes_out += piece.data as u64;
         out.clear();
@@ -268,9 +281,11 @@ async fn deliver(
         answer.release();
         ended = match step(order, timer, source, endpoint, answer).await {
             Ok(n) => n == 0,
-            Err(Failure::Late) => return Err("endpoint timed out within a response body"),
-            Err(Failure::Client | Failure::Answer(..)) => return Err("client closed the connection"),
-            Err(Failure::Endpoint(reason) | Failure::Nonsense(reason)) => return Err(reason),
+            Err(Failure::Late) => return Err(Broken::Midway("endpoint timed out within a response body")),
+            Err(Failure::Client) => return Err(Broken::Midway("client closed the connection")),
+            Err(Failure::Answer(_, reason) | Failure::Endpoint(reason) | Failure::Nonsense(reason)) => {
+                return Err(Broken::Midway(reason));
+            }
         };
     }
 }

@@ -237,7 +237,7 @@ fn limits_hold_for_whole_and_for_partial_heads() {
         (count(5), Some(431)),
         ("x".repeat(129), Some(414)),
         (format!("GET /{}", "x".repeat(130)), Some(414)),
-        ("x".repeat(512), Some(431)),
+        ("x".repeat(512), Some(414)),
         (bytes(600)[..512].to_owned(), Some(431)),
         (count(6)[..count(6).len() - 2].to_owned(), Some(431)),
     ] {
