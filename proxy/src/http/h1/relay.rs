@@ -1,5 +1,6 @@
 //! HTTP/1 on both sides: the response of an endpoint on its way to the client.
 
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
@@ -34,6 +35,13 @@ pub(super) struct FromClient<'c> {
     pub(super) write_timeout: std::time::Duration,
 }
 
+impl FromClient<'_> {
+    /// The client is not holding its body back.
+    fn is_sending(&self) -> bool {
+        self.invited || self.has_started()
+    }
+}
+
 impl Source for FromClient<'_> {
     fn poll_upload(&mut self, cx: &mut Context<'_>, endpoint: &mut Conn) -> Poll<Result<(), UploadError>> {
         self.upload.poll(cx, self.conn, self.input, endpoint)
@@ -57,7 +65,7 @@ impl Source for FromClient<'_> {
 
     fn awaits(&self) -> Awaits {
         match (self.is_active(), self.upload.awaits_client()) {
-            (true, true) if self.invited || self.has_started() => Awaits::Client,
+            (true, true) if self.is_sending() => Awaits::Client,
             (true, false) => Awaits::Room,
             _ => Awaits::Answer,
         }
@@ -189,6 +197,9 @@ async fn relay(
         record.reason = reason;
         return Ok(Next::Close(false));
     }
+    if reply.reusable && source.is_active() && source.is_sending() {
+        finish_upload(order, timer, source, &mut peer.conn).await;
+    }
     if reply.reusable && source.is_done() && answer.is_empty() {
         order.worker.upstreams.keep(upstream, peer, clock::now_ms());
     }
@@ -196,6 +207,35 @@ async fn relay(
         (true, true) => Next::Again,
         (_, done) => Next::Close(!done),
     })
+}
+
+/// The response is through, but an endpoint that keeps its connection may still
+/// want the rest of the request, and a client that sends all of it first would
+/// take an end for a failure.
+async fn finish_upload(
+    order: &Order<'_>,
+    timer: &mut Timer,
+    source: &mut FromClient<'_>,
+    endpoint: &mut Conn,
+) {
+    while source.is_active() {
+        let awaits = source.awaits();
+        let next = poll_fn(|cx| {
+            if let Poll::Ready(moved) = source.poll_upload(cx, endpoint) {
+                return Poll::Ready(moved.is_ok());
+            }
+            // It hangs up, or says what nobody asked for.
+            while endpoint.poll_readable(cx).is_ready() {
+                if !endpoint.is_reusable() {
+                    return Poll::Ready(false);
+                }
+            }
+            if source.awaits() == awaits { Poll::Pending } else { Poll::Ready(true) }
+        });
+        if !matches!(timer.within(order.deadline(awaits), next).await, Ok(true)) {
+            return;
+        }
+    }
 }
 
 /// Reads the response head in `answer` and writes the client's into `out`.
