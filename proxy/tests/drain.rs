@@ -1,5 +1,6 @@
 //! A stop: what is under way finishes, what is idle closes, what waits is served,
 //! and what outlasts the deadline is cut.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 #[path = "support/toy.rs"]
 mod toy;

@@ -1,4 +1,5 @@
 //! What endpoints are told of the client, and whose word is taken for it.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 #[path = "support/toy.rs"]
 mod toy;

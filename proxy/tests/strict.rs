@@ -1,5 +1,6 @@
 //! What RFC 9112 lets a server refuse is refused: one answer, then the end of
 //! the connection, and the endpoint hears nothing of it.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 #[path = "support/toy.rs"]
 mod toy;
