@@ -173,7 +173,7 @@ impl Order<'_> {
         Instant::now() + own.unwrap_or(self.worker.config.timeouts.send)
     }
 
-    fn deadline(&self, awaits: Awaits) -> Instant {
+    pub(crate) fn deadline(&self, awaits: Awaits) -> Instant {
         match awaits {
             Awaits::Client => Instant::now() + self.worker.config.timeouts.client,
             Awaits::Room => self.send_deadline(),

@@ -85,7 +85,7 @@ impl<'h, 'b> RequestHead<'h, 'b> {
         let length = match request.parse_with_uninit_headers(bytes, &mut room.0[..count]) {
             Ok(Status::Complete(length)) => length,
             Ok(Status::Partial) => return partial(bytes, limits),
-            Err(error) => return Err(refusal(error)),
+            Err(error) => return Err(refusal(error, bytes)),
         };
         require_crlf(&bytes[..length])?;
         let method = request.method.unwrap_or_default().as_bytes();
@@ -220,20 +220,21 @@ impl RequestView for Http1View<'_, '_, '_> {
 
 /// More bytes are needed, unless the limits already say no.
 fn partial<T>(bytes: &[u8], limits: &Limits) -> Result<Option<T>, Reject> {
-    if bytes.len() >= limits.header_bytes {
-        return Err(Reject { status: 431, reason: "headers too large" });
-    }
     let line_ended = bytes.contains(&b'\n');
     if !line_ended && bytes.len() > limits.target_bytes + 64 {
         return Err(Reject { status: 414, reason: "target too long" });
+    }
+    if bytes.len() >= limits.header_bytes {
+        return Err(Reject { status: 431, reason: "headers too large" });
     }
     require_crlf(bytes)?;
     Ok(None)
 }
 
-fn refusal(error: httparse::Error) -> Reject {
+fn refusal(error: httparse::Error, bytes: &[u8]) -> Reject {
     match error {
         httparse::Error::TooManyHeaders => Reject { status: 431, reason: "too many headers" },
+        httparse::Error::Version if !names_version(bytes) => bad("malformed request line"),
         httparse::Error::Version => Reject { status: 505, reason: "HTTP version not supported" },
         httparse::Error::HeaderName => bad("illegal character in a header name"),
         httparse::Error::HeaderValue => bad("illegal character in a header value"),
@@ -241,6 +242,17 @@ fn refusal(error: httparse::Error) -> Reject {
         httparse::Error::Token => bad("illegal character in the request line"),
         httparse::Error::Status => bad("malformed request line"),
     }
+}
+
+/// Whether the request line is of three parts, the last of which is some HTTP version.
+fn names_version(head: &[u8]) -> bool {
+    let head = head.trim_ascii_start();
+    let end = memchr::memchr(b'\r', head).unwrap_or(head.len());
+    let mut parts = head[..end].split(|&b| b == b' ');
+    let version = parts.nth(2).and_then(|v| v.strip_prefix(b"HTTP/"));
+    let version =
+        version.is_some_and(|v| matches!(v, [a, b'.', b] if a.is_ascii_digit() && b.is_ascii_digit()));
+    version && parts.next().is_none()
 }
 
 /// httparse takes a bare LF for a line end; a bare CR it refuses itself.
