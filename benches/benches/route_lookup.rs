@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lockgate_proxy::router::Found;
+use lockgate_proxy::router::Live;
 use lockgate_proxy::table::{
     Action, Backend, Endpoint, Host, HostPattern, Origin, PathMatch, Pool, PoolKey, Rule, RuleLimits, Split,
 };
-use lockgate_proxy::{Live, Router, RoutingTable};
+use lockgate_proxy::{Router, RoutingTable};
 
 const PATHS: [&str; 10] =
     ["/", "/api", "/api/v1", "/api/v2", "/assets", "/cart", "/checkout", "/login", "/products", "/users"];

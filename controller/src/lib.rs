@@ -1,1 +1,21 @@
-//! placeholder
+//! Kubernetes objects in, routing and service tables out; and the `lockgate` binary.
+//!
+//! ```text
+//!  source ──► Store ──► translate ──► Desired ──► publish ──► proxy
+//!    folder    objects    pure          routes      one swap
+//!                                       statuses ──► log, check, explain
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod args;
+pub mod check;
+pub mod demo;
+pub mod explain;
+pub mod ingress;
+pub mod objects;
+pub mod publish;
+pub mod source;
+pub mod store;
+pub(crate) mod text;
+pub mod translate;

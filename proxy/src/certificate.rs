@@ -19,6 +19,7 @@ use serde::Serialize;
 use x509_parser::asn1_rs::{FromDer, Sequence};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
+use x509_parser::nom;
 
 /// The largest chain a TLS client is sure to read: a handshake message of
 /// 64 KiB, less its own framing.
@@ -313,10 +314,10 @@ fn is_encrypted(pem: &[u8]) -> bool {
 /// lines, and of a key on a single line that is the key.
 fn broken_pem(what: &'static str, error: &pem::Error) -> CertificateError {
     let reason = match error {
-        pem::Error::MissingSectionEnd { .. } => "a block has no END line; it may be cut short",
-        pem::Error::IllegalSectionStart { .. } => {
-            "a BEGIN line does not end with five dashes; the line breaks may be lost"
+        pem::Error::MissingSectionEnd { .. } => {
+            "a block has no END line; it is cut short, or its line breaks are lost"
         }
+        pem::Error::IllegalSectionStart { .. } => "a BEGIN line does not end with five dashes",
         pem::Error::Base64Decode(_) => "a block is not base64",
         pem::Error::SectionTooLarge => "a block is larger than any certificate",
         _ => "it cannot be read",
@@ -333,7 +334,8 @@ fn parse_leaf(der: &[u8]) -> Result<X509Certificate<'_>, CertificateError> {
     match X509Certificate::from_der(der) {
         Ok(([], parsed)) => Ok(parsed),
         Ok(_) => Err(malformed("bytes follow its end".to_owned())),
-        Err(error) => Err(malformed(error.to_string())),
+        Err(nom::Err::Error(error) | nom::Err::Failure(error)) => Err(malformed(error.to_string())),
+        Err(nom::Err::Incomplete(_)) => Err(malformed("it is cut short".to_owned())),
     }
 }
 
@@ -365,9 +367,11 @@ fn subject_names(leaf: &X509Certificate<'_>) -> (Vec<Box<str>>, Vec<IpAddr>) {
 
 fn dns_name(name: &str) -> Option<Box<str>> {
     let name = without_dot(name);
-    let labels = name.strip_prefix("*.").unwrap_or(name);
-    let valid = labels.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
-    (valid && !labels.is_empty()).then(|| name.to_ascii_lowercase().into())
+    let is_label = |label: &str| {
+        !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+    };
+    let valid = name.strip_prefix("*.").unwrap_or(name).split('.').all(is_label);
+    (valid && name.parse::<IpAddr>().is_err()).then(|| name.to_ascii_lowercase().into())
 }
 
 fn ip_address(octets: &[u8]) -> Option<IpAddr> {

@@ -6,6 +6,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::task::Poll;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,7 +46,8 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-/// Accepts until `stop` turns true.
+/// Accepts until `stop` turns true, and then what waits in the kernel's queue:
+/// closing the listener would reset it.
 pub(crate) async fn accept(
     worker: Rc<Worker>,
     listener: std::net::TcpListener,
@@ -56,14 +58,11 @@ pub(crate) async fn accept(
     loop {
         let accepted = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => return Ok(()),
+            () = stopped(&mut stop) => return take_queued(&worker, listener, tls),
             accepted = room_for_one(&worker, &listener) => accepted,
         };
         match accepted {
-            Ok((tcp, peer)) => {
-                worker.metrics.listener(tls).accepted.inc();
-                tokio::task::spawn_local(connection(worker.clone(), tcp, peer, tls));
-            }
+            Ok((tcp, peer)) => admit(&worker, tcp, peer, tls),
             Err(error) if is_exhaustion(&error) => {
                 tracing::warn!(%error, "cannot accept; raise the limit on open files (ulimit -n)");
                 tokio::time::sleep(BREATHER).await;
@@ -72,6 +71,35 @@ pub(crate) async fn accept(
             Err(error) => tracing::debug!(%error, "accept"),
         }
     }
+}
+
+/// Ready once `stop` is true; never if nobody can tell any more.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    if stop.wait_for(|stop| *stop).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+fn take_queued(worker: &Rc<Worker>, listener: TcpListener, tls: bool) -> io::Result<()> {
+    let listener = listener.into_std()?;
+    loop {
+        match listener.accept() {
+            Ok((tcp, peer)) => {
+                tcp.set_nonblocking(true)?;
+                admit(worker, TcpStream::from_std(tcp)?, peer, tls);
+            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Gives a connection its task. It counts as open at once, so that a drain waits for it.
+fn admit(worker: &Rc<Worker>, tcp: TcpStream, peer: SocketAddr, tls: bool) {
+    worker.metrics.listener(tls).accepted.inc();
+    let presence = Presence::new(worker.clone());
+    tokio::task::spawn_local(connection(worker.clone(), presence, tcp, peer, tls));
 }
 
 /// Accepts once this worker has room; until then the kernel's queue holds the clients.
@@ -91,8 +119,7 @@ fn is_exhaustion(error: &io::Error) -> bool {
 }
 
 /// One downstream connection, from accept to close.
-async fn connection(worker: Rc<Worker>, tcp: TcpStream, peer: SocketAddr, tls: bool) {
-    let presence = Presence::new(worker.clone());
+async fn connection(worker: Rc<Worker>, presence: Presence, tcp: TcpStream, peer: SocketAddr, tls: bool) {
     let mut counted = Counted::new(worker.metrics.clone(), tls);
     let Ok(local) = tcp.local_addr() else { return };
     if tcp.set_nodelay(true).is_err() {
@@ -175,15 +202,38 @@ async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, 
 }
 
 /// A plaintext connection: HTTP/2 if it begins with the preface, else HTTP/1.
-async fn plaintext(worker: Rc<Worker>, tcp: TcpStream, client: Client, presence: Presence, mut counted: Counted) {
+async fn plaintext(
+    worker: Rc<Worker>,
+    tcp: TcpStream,
+    client: Client,
+    mut presence: Presence,
+    mut counted: Counted,
+) {
     let mut conn = Conn::Plain(tcp);
     let mut input = Buffer::new();
     let mut timer = Timer::new(Instant::now() + worker.config.timeouts.keep_alive);
-    let deadline = Instant::now() + worker.config.timeouts.header;
+    let mut deadline = Instant::now() + worker.config.timeouts.header;
     loop {
-        let filled = timer.within(deadline, std::future::poll_fn(|cx| conn.poll_fill(cx, &mut input))).await;
-        match filled {
-            Ok(Ok(n)) if n > 0 => {}
+        let draining = worker.is_draining();
+        if draining {
+            deadline = deadline.min(Instant::now() + h1::DRAIN_IDLE);
+        }
+        let filled = timer.within(
+            deadline,
+            std::future::poll_fn(|cx| {
+                if let Poll::Ready(read) = conn.poll_fill(cx, &mut input) {
+                    return Poll::Ready(Some(read));
+                }
+                if !draining && worker.is_draining() {
+                    return Poll::Ready(None);
+                }
+                presence.wake_on_drain(cx.waker());
+                Poll::Pending
+            }),
+        );
+        match filled.await {
+            Ok(None) => continue,
+            Ok(Some(Ok(n))) if n > 0 => {}
             _ => return,
         }
         let compared = input.len().min(PREFACE.len());

@@ -34,7 +34,7 @@ pub struct Proxy {
     live: Arc<Live>,
     routes: Routes,
     stop: watch::Sender<bool>,
-    /// Closed when the last worker has ended.
+    /// A message from each worker that had to cut connections; closed when the last has ended.
     ended: mpsc::Receiver<()>,
 }
 
@@ -112,7 +112,7 @@ impl Proxy {
                 log: logs.next(),
                 https_port: https.first().map(SocketAddr::port),
                 stop: stop.subscribe(),
-                _end: end.clone(),
+                end: end.clone(),
             };
             let thread = std::thread::Builder::new().name(format!("lockgate-{index}"));
             thread.spawn(move || seed.run(sockets)).map_err(StartError::Thread)?;
@@ -153,7 +153,14 @@ impl Proxy {
         self.stop.send_replace(true);
         // Workers keep the deadline themselves; the extra second is for their threads to end.
         let limit = self.config.drain.deadline + Duration::from_secs(1);
-        tokio::time::timeout(limit, self.ended.recv()).await.is_ok()
+        let finished = async {
+            let mut all = true;
+            while self.ended.recv().await.is_some() {
+                all = false;
+            }
+            all
+        };
+        tokio::time::timeout(limit, finished).await.unwrap_or(false)
     }
 }
 
@@ -187,8 +194,8 @@ struct Seed {
     log: Option<WorkerLog>,
     https_port: Option<u16>,
     stop: watch::Receiver<bool>,
-    /// Dropped when the thread ends.
-    _end: mpsc::Sender<()>,
+    /// Told if connections were cut, and dropped when the thread ends.
+    end: mpsc::Sender<()>,
 }
 
 impl Seed {
@@ -201,19 +208,20 @@ impl Seed {
     }
 
     async fn serve(self, sockets: Sockets) {
-        let Seed { index, config, live, tls, routes, log, https_port, mut stop, _end } = self;
+        let Seed { index, config, live, tls, routes, log, https_port, mut stop, end } = self;
         let metrics = live.metrics.worker(index);
         let deadline = config.drain.deadline;
         let routes = routes.cache();
         let parts = Parts { index, config, metrics, tls, routes, log, https_port };
         let worker = Worker::new(parts);
+        let mut listening = Vec::new();
         for (listener, tls) in sockets {
             let accepting = listener::accept(worker.clone(), listener, tls, stop.clone());
-            tokio::task::spawn_local(async move {
+            listening.push(tokio::task::spawn_local(async move {
                 if let Err(error) = accepting.await {
                     tracing::error!(%error, "listener failed");
                 }
-            });
+            }));
         }
         let ticking = tokio::task::spawn_local(tick(worker.clone()));
         // An error means the proxy handle is gone: serve on until the process ends.
@@ -221,9 +229,17 @@ impl Seed {
             std::future::pending::<()>().await;
         }
         worker.drain();
-        let end = Instant::now() + deadline;
-        while worker.connections() > 0 && Instant::now() < end {
+        for listening in listening {
+            // It has ended by itself or reported why; what it left in the queue is counted now.
+            let _ = listening.await;
+        }
+        let last = Instant::now() + deadline;
+        while worker.connections() > 0 && Instant::now() < last {
             tokio::time::sleep(DRAIN_TICK).await;
+        }
+        if worker.connections() > 0 {
+            // Full: another worker has said so already.
+            let _ = end.try_send(());
         }
         ticking.abort();
         worker.tick();

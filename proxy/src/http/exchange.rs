@@ -46,8 +46,8 @@ pub(crate) trait Source {
     /// Something was taken from the client that cannot be sent again.
     fn has_started(&self) -> bool;
 
-    /// There is more to move, and it is the client's turn to send it.
-    fn awaits_client(&self) -> bool;
+    /// Whom an exchange in which nothing moves is waiting for.
+    fn awaits(&self) -> Awaits;
 
     /// The endpoint takes no more.
     fn abandon(&mut self);
@@ -57,6 +57,17 @@ pub(crate) trait Source {
 
     /// Passes on a complete 1xx response head. False: the client is gone.
     async fn interim(&mut self, timer: &mut Timer, head: &[u8]) -> bool;
+}
+
+/// What an exchange waits for: each has a deadline of its own, and another culprit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Awaits {
+    /// The client, for more of the request body.
+    Client,
+    /// The endpoint, for room to write more of it.
+    Room,
+    /// The endpoint, for its answer.
+    Answer,
 }
 
 /// A piece of request body.
@@ -162,6 +173,14 @@ impl Order<'_> {
         Instant::now() + own.unwrap_or(self.worker.config.timeouts.send)
     }
 
+    pub(crate) fn deadline(&self, awaits: Awaits) -> Instant {
+        match awaits {
+            Awaits::Client => Instant::now() + self.worker.config.timeouts.client,
+            Awaits::Room => self.send_deadline(),
+            Awaits::Answer => self.read_deadline(),
+        }
+    }
+
     pub(crate) fn read_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.read_timeout;
         Instant::now() + own.unwrap_or(self.worker.config.timeouts.read)
@@ -236,7 +255,10 @@ impl Order<'_> {
         match timer.within(self.connect_deadline(), self.worker.upstreams.connect(upstream)).await {
             Ok(Ok(peer)) => Ok(peer),
             Ok(Err(_)) => Err(Failure::Endpoint("cannot connect to the endpoint")),
-            Err(Late) => Err(Failure::Late),
+            Err(Late) => {
+                self.worker.metrics.upstream_failed.inc();
+                Err(Failure::Late)
+            }
         }
     }
 
@@ -256,16 +278,16 @@ impl Order<'_> {
             return Err(Failure::Late);
         }
         loop {
-            let deadline = if source.is_active() {
-                self.send_deadline().max(self.read_deadline())
-            } else {
-                self.read_deadline()
+            match step(self, timer, source, endpoint, answer).await {
+                Ok(0) if answer.is_empty() => {
+                    return Err(Failure::Endpoint("endpoint closed the connection"));
+                }
+                // Not to be tried again: half a head must not run into that of the next endpoint.
+                Ok(0) | Err(Failure::Endpoint(_)) if !answer.is_empty() => {
+                    return Err(Failure::Nonsense("endpoint closed the connection within a response head"));
+                }
+                read => read?,
             };
-            match step(timer, source, endpoint, answer, deadline).await? {
-                0 if answer.is_empty() => return Err(Failure::Endpoint("endpoint closed the connection")),
-                0 => return Err(Failure::Nonsense("endpoint closed the connection within a response head")),
-                _ => {}
-            }
             record.first_byte.get_or_insert_with(Instant::now);
             while let Some(status) = peek_status(answer.filled(), self.is_head)? {
                 if !(100..200).contains(&status) || status == 101 {
@@ -293,16 +315,16 @@ enum Step {
 
 /// Waits until the endpoint has sent something into `answer`; meanwhile the
 /// request body goes up. Returns the bytes read, 0 at the end of the stream.
+/// The deadline starts anew with every piece that moves.
 pub(crate) async fn step<S: Source>(
+    order: &Order<'_>,
     timer: &mut Timer,
     source: &mut S,
     endpoint: &mut Conn,
     answer: &mut Buffer,
-    mut deadline: Instant,
 ) -> Result<usize, Failure> {
-    // A body that moves may take as long as it likes.
-    let patience = source.is_active().then(|| deadline.saturating_duration_since(Instant::now()));
     loop {
+        let awaits = source.awaits();
         let next = poll_fn(|cx| {
             let uploaded = match source.is_active() {
                 true => source.poll_upload(cx, endpoint),
@@ -312,16 +334,15 @@ pub(crate) async fn step<S: Source>(
                 (Poll::Ready(read), _) => Poll::Ready(Step::Read(read)),
                 (Poll::Pending, Poll::Ready(Ok(()))) => Poll::Ready(Step::Uploaded),
                 (Poll::Pending, Poll::Ready(Err(error))) => Poll::Ready(Step::UploadFailed(error)),
+                // Another deadline holds from here on.
+                (Poll::Pending, Poll::Pending) if source.awaits() != awaits => Poll::Ready(Step::Uploaded),
                 (Poll::Pending, Poll::Pending) => source.poll_gone(cx).map(|()| Step::Gone),
             }
         });
-        return match timer.within(deadline, next).await {
+        return match timer.within(order.deadline(awaits), next).await {
             Ok(Step::Read(Ok(n))) => Ok(n),
             Ok(Step::Read(Err(_))) => Err(Failure::Endpoint("connection to the endpoint broke")),
-            Ok(Step::Uploaded) => {
-                deadline = patience.map_or(deadline, |patience| Instant::now() + patience);
-                continue;
-            }
+            Ok(Step::Uploaded) => continue,
             // It may have answered before it stopped taking the body.
             Ok(Step::UploadFailed(UploadError::Endpoint)) => {
                 source.abandon();
@@ -330,7 +351,7 @@ pub(crate) async fn step<S: Source>(
             Ok(Step::UploadFailed(error)) => Err(error.into()),
             Ok(Step::Gone) => Err(Failure::Client),
             // The endpoint waits as we do: not its fault.
-            Err(Late) if source.awaits_client() => Err(SLOW_BODY),
+            Err(Late) if awaits == Awaits::Client => Err(SLOW_BODY),
             Err(Late) => Err(Failure::Late),
         };
     }

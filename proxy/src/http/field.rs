@@ -27,8 +27,10 @@ pub(crate) enum Field {
     Referer,
 }
 
-/// Recognises a field by its name, ignoring case. An underscore counts as a
-/// hyphen where a CGI-style server would take the two for the same variable.
+/// Recognises a field by its name, ignoring case. A CGI-style server takes an
+/// underscore and a hyphen for the same: a variant of a field we speak for is
+/// dropped, and believed from nobody, as a trusted proxy in front may pass a
+/// client's on without a look.
 pub(crate) fn classify(name: &[u8]) -> Field {
     let is = |candidate: &[u8]| name.eq_ignore_ascii_case(candidate);
     match name.len() {
@@ -43,15 +45,21 @@ pub(crate) fn classify(name: &[u8]) -> Field {
         10 if is(b"connection") => Field::Connection,
         10 if is(b"keep-alive") => Field::HopByHop,
         10 if is(b"user-agent") => Field::UserAgent,
-        12 if alike(name, b"x-request-id") => Field::XRequestId,
+        12 if is(b"x-request-id") => Field::XRequestId,
+        12 if alike(name, b"x-request-id") => Field::Forwarded,
         14 if is(b"content-length") => Field::ContentLength,
+        14 if alike(name, b"content-length") => Field::HopByHop,
         14 if is(b"http2-settings") => Field::HopByHop,
-        15 if alike(name, b"x-forwarded-for") => Field::XForwardedFor,
+        15 if is(b"x-forwarded-for") => Field::XForwardedFor,
+        15 if alike(name, b"x-forwarded-for") => Field::Forwarded,
         16 if is(b"proxy-connection") => Field::HopByHop,
-        16 if alike(name, b"x-forwarded-host") => Field::XForwardedHost,
-        16 if alike(name, b"x-forwarded-port") => Field::XForwardedPort,
+        16 if is(b"x-forwarded-host") => Field::XForwardedHost,
+        16 if is(b"x-forwarded-port") => Field::XForwardedPort,
+        16 if alike(name, b"x-forwarded-host") || alike(name, b"x-forwarded-port") => Field::Forwarded,
         17 if is(b"transfer-encoding") => Field::TransferEncoding,
-        17 if alike(name, b"x-forwarded-proto") => Field::XForwardedProto,
+        17 if alike(name, b"transfer-encoding") => Field::HopByHop,
+        17 if is(b"x-forwarded-proto") => Field::XForwardedProto,
+        17 if alike(name, b"x-forwarded-proto") => Field::Forwarded,
         18 if alike(name, b"x-forwarded-scheme") => Field::Forwarded,
         24 if alike(name, b"x-original-forwarded-for") => Field::Forwarded,
         _ => Field::Other,
@@ -86,8 +94,12 @@ mod tests {
             ("content-length", Field::ContentLength),
             ("Proxy", Field::HopByHop),
             ("X-Forwarded-For", Field::XForwardedFor),
-            ("X_Forwarded_For", Field::XForwardedFor),
-            ("X-Forwarded_Proto", Field::XForwardedProto),
+            ("X_Forwarded_For", Field::Forwarded),
+            ("X-Forwarded_Proto", Field::Forwarded),
+            ("X_Real_IP", Field::Forwarded),
+            ("X_Request_Id", Field::Forwarded),
+            ("Content_Length", Field::HopByHop),
+            ("Transfer_Encoding", Field::HopByHop),
             ("x-real-ip", Field::Forwarded),
             ("Accept", Field::Other),
             ("Hos", Field::Other),

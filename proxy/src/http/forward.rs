@@ -103,12 +103,13 @@ pub(crate) struct Delivery {
 pub(crate) fn write_response(out: &mut Vec<u8>, head: &ResponseHead<'_, '_>, to: Delivery, extra: &[u8]) {
     let mut status = [0; 3];
     put(out, &[b"HTTP/1.1 ", digits(head.status, &mut status), b" ", head.reason, b"\r\n"]);
-    // HEAD and 304 tell the length of a body that does not follow.
-    let keep_length = to.framing == Framing::None;
+    // HEAD and 304 tell the length of a body that does not follow; 1xx and 204 must not
+    // (RFC 9110 section 8.6). Said twice, it is told once.
+    let mut keep_length = to.framing == Framing::None && !matches!(head.status, 100..200 | 204);
     for (header, field) in head.headers.iter().zip(&head.fields) {
         let keep = match field {
             Field::Connection | Field::TransferEncoding | Field::HopByHop | Field::Upgrade => false,
-            Field::ContentLength => keep_length,
+            Field::ContentLength => std::mem::take(&mut keep_length),
             _ => !is_nominated(&head.nominated, header.name.as_bytes()),
         };
         if keep {

@@ -38,7 +38,7 @@ mod upload;
 pub(crate) use body::Incoming;
 
 /// How long an idle connection may still ask something once a drain has begun.
-const DRAIN_IDLE: Duration = Duration::from_secs(2);
+pub(crate) const DRAIN_IDLE: Duration = Duration::from_secs(2);
 
 /// How long and how much is read from a client that still sends when we are done with it,
 /// so that the answer is not lost to a reset (RFC 9112 section 9.6).

@@ -85,7 +85,7 @@ impl<'h, 'b> RequestHead<'h, 'b> {
         let length = match request.parse_with_uninit_headers(bytes, &mut room.0[..count]) {
             Ok(Status::Complete(length)) => length,
             Ok(Status::Partial) => return partial(bytes, limits),
-            Err(error) => return Err(refusal(error)),
+            Err(error) => return Err(refusal(error, bytes)),
         };
         require_crlf(&bytes[..length])?;
         let method = request.method.unwrap_or_default().as_bytes();
@@ -93,6 +93,9 @@ impl<'h, 'b> RequestHead<'h, 'b> {
             return Err(bad("malformed request line"));
         };
         let (target, authority) = split_target(method, raw_target.as_bytes(), limits)?;
+        if length > limits.header_bytes {
+            return Err(Reject { status: 431, reason: "headers too large" });
+        }
         let mut head = RequestHead {
             method,
             target,
@@ -121,6 +124,10 @@ impl<'h, 'b> RequestHead<'h, 'b> {
             match field {
                 Field::Host => {
                     hosts += 1;
+                    // An absolute-form target overrules it; that does not make nonsense acceptable.
+                    if !is_authority(header.value) {
+                        return Err(bad("malformed Host"));
+                    }
                     if !absolute {
                         self.host = header.value;
                     }
@@ -213,20 +220,21 @@ impl RequestView for Http1View<'_, '_, '_> {
 
 /// More bytes are needed, unless the limits already say no.
 fn partial<T>(bytes: &[u8], limits: &Limits) -> Result<Option<T>, Reject> {
-    if bytes.len() >= limits.header_bytes {
-        return Err(Reject { status: 431, reason: "headers too large" });
-    }
     let line_ended = bytes.contains(&b'\n');
     if !line_ended && bytes.len() > limits.target_bytes + 64 {
         return Err(Reject { status: 414, reason: "target too long" });
+    }
+    if bytes.len() >= limits.header_bytes {
+        return Err(Reject { status: 431, reason: "headers too large" });
     }
     require_crlf(bytes)?;
     Ok(None)
 }
 
-fn refusal(error: httparse::Error) -> Reject {
+fn refusal(error: httparse::Error, bytes: &[u8]) -> Reject {
     match error {
         httparse::Error::TooManyHeaders => Reject { status: 431, reason: "too many headers" },
+        httparse::Error::Version if !names_version(bytes) => bad("malformed request line"),
         httparse::Error::Version => Reject { status: 505, reason: "HTTP version not supported" },
         httparse::Error::HeaderName => bad("illegal character in a header name"),
         httparse::Error::HeaderValue => bad("illegal character in a header value"),
@@ -234,6 +242,17 @@ fn refusal(error: httparse::Error) -> Reject {
         httparse::Error::Token => bad("illegal character in the request line"),
         httparse::Error::Status => bad("malformed request line"),
     }
+}
+
+/// Whether the request line is of three parts, the last of which is some HTTP version.
+fn names_version(head: &[u8]) -> bool {
+    let head = head.trim_ascii_start();
+    let end = memchr::memchr(b'\r', head).unwrap_or(head.len());
+    let mut parts = head[..end].split(|&b| b == b' ');
+    let version = parts.nth(2).and_then(|v| v.strip_prefix(b"HTTP/"));
+    let version =
+        version.is_some_and(|v| matches!(v, [a, b'.', b] if a.is_ascii_digit() && b.is_ascii_digit()));
+    version && parts.next().is_none()
 }
 
 /// httparse takes a bare LF for a line end; a bare CR it refuses itself.
@@ -295,12 +314,20 @@ pub(crate) fn parse_length(value: &[u8]) -> Result<u64, Reject> {
 /// `host [":" port]`, where the host is a name, an IPv4 address or `[IPv6]`; empty is allowed.
 pub(crate) fn is_authority(value: &[u8]) -> bool {
     let (host, port) = split_port(value);
-    let port_ok = port.is_none_or(|p| p.len() <= 5 && p.iter().all(u8::is_ascii_digit));
+    let port_ok = port.is_none_or(is_port);
     let host_ok = match host {
-        [b'[', inner @ .., b']'] => inner.iter().all(|b| b.is_ascii_hexdigit() || matches!(b, b':' | b'.')),
+        [b'[', inner @ .., b']'] => {
+            !inner.is_empty() && inner.iter().all(|b| b.is_ascii_hexdigit() || matches!(b, b':' | b'.'))
+        }
         _ => host.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_')),
     };
     host_ok && port_ok && value.len() <= 255 + 6
+}
+
+/// A port number, or nothing (RFC 3986 section 3.2.3).
+fn is_port(port: &[u8]) -> bool {
+    let digits = port.len() <= 5 && port.iter().all(u8::is_ascii_digit);
+    digits && port.iter().fold(0, |n, d| n * 10 + u32::from(d - b'0')) <= u32::from(u16::MAX)
 }
 
 /// Host and port of an authority; brackets stay with the host.

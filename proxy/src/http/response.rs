@@ -46,6 +46,9 @@ impl<'h, 'b> ResponseHead<'h, 'b> {
         let (Some(status), Some(minor)) = (response.code, response.version) else {
             return Err(BadResponse("malformed status line"));
         };
+        if status < 100 {
+            return Err(BadResponse("malformed status line"));
+        }
         let mut head = ResponseHead {
             status,
             reason: response.reason.unwrap_or_default().as_bytes(),

@@ -81,7 +81,8 @@ impl Http1 {
             }
         }
         let upload = Upload::new(plan.shape.framing, limit);
-        let mut source = FromClient { conn, input, upload, minor: plan.shape.minor, write_timeout };
+        let mut source =
+            FromClient { conn, input, upload, minor: plan.shape.minor, invited: true, write_timeout };
         let failure = match order.obtain_h2(timer, &mut source, &request, record).await {
             Ok(answering) => {
                 let next = relay(order, timer, &mut source, plan, answering, out, record).await;

@@ -1,12 +1,13 @@
 //! HTTP/1 on both sides: the response of an endpoint on its way to the client.
 
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
-use crate::http::exchange::{Failure, Order, Piece, Source, UploadError, step};
+use crate::http::exchange::{Awaits, Failure, Order, Piece, Source, UploadError, step};
 use crate::http::forward::{Delivery, write_response};
 use crate::http::head::{Framing, HeaderRoom};
 use crate::http::record::Record;
@@ -29,7 +30,16 @@ pub(super) struct FromClient<'c> {
     pub(super) upload: Upload,
     /// HTTP/1.0 knows no interim responses.
     pub(super) minor: u8,
+    /// Nothing holds the client back from sending its body: it expects no 100, or got one.
+    pub(super) invited: bool,
     pub(super) write_timeout: std::time::Duration,
+}
+
+impl FromClient<'_> {
+    /// The client is not holding its body back.
+    fn is_sending(&self) -> bool {
+        self.invited || self.has_started()
+    }
 }
 
 impl Source for FromClient<'_> {
@@ -53,8 +63,12 @@ impl Source for FromClient<'_> {
         self.upload.has_started()
     }
 
-    fn awaits_client(&self) -> bool {
-        self.upload.awaits_client(self.input)
+    fn awaits(&self) -> Awaits {
+        match (self.is_active(), self.upload.awaits_client()) {
+            (true, true) if self.is_sending() => Awaits::Client,
+            (true, false) => Awaits::Room,
+            _ => Awaits::Answer,
+        }
     }
 
     fn abandon(&mut self) {
@@ -67,6 +81,7 @@ impl Source for FromClient<'_> {
     }
 
     async fn interim(&mut self, timer: &mut Timer, head: &[u8]) -> bool {
+        self.invited = true;
         self.minor == 0 || send(timer, self.conn, self.write_timeout, [head, &[], &[]]).await
     }
 }
@@ -109,7 +124,8 @@ impl Http1 {
         let Http1 { conn, input, timer, worker, .. } = self;
         let write_timeout = worker.config.timeouts.client;
         let upload = Upload::new(framing, limit);
-        let mut source = FromClient { conn, input, upload, minor: plan.shape.minor, write_timeout };
+        let (minor, invited) = (plan.shape.minor, !plan.expects_continue);
+        let mut source = FromClient { conn, input, upload, minor, invited, write_timeout };
         let mut answer = Buffer::new();
         let failure = match order.obtain(timer, &mut source, out, &mut answer, record).await {
             Err(failure) => failure,
@@ -172,10 +188,17 @@ async fn relay(
         });
     }
     let delivered = deliver(order, timer, source, &reply, &mut peer.conn, &mut answer, out, record).await;
-    if let Err(reason) = delivered {
+    if let Err(broken) = delivered {
+        let reason = match broken {
+            Broken::Unsent(reason) => return Err(Failure::Nonsense(reason)),
+            Broken::Midway(reason) => reason,
+        };
         // The client sees a body cut short; there is no other way to tell it.
         record.reason = reason;
         return Ok(Next::Close(false));
+    }
+    if reply.reusable && source.is_active() && source.is_sending() {
+        finish_upload(order, timer, source, &mut peer.conn).await;
     }
     if reply.reusable && source.is_done() && answer.is_empty() {
         order.worker.upstreams.keep(upstream, peer, clock::now_ms());
@@ -184,6 +207,35 @@ async fn relay(
         (true, true) => Next::Again,
         (_, done) => Next::Close(!done),
     })
+}
+
+/// The response is through, but an endpoint that keeps its connection may still
+/// want the rest of the request, and a client that sends all of it first would
+/// take an end for a failure.
+async fn finish_upload(
+    order: &Order<'_>,
+    timer: &mut Timer,
+    source: &mut FromClient<'_>,
+    endpoint: &mut Conn,
+) {
+    while source.is_active() {
+        let awaits = source.awaits();
+        let next = poll_fn(|cx| {
+            if let Poll::Ready(moved) = source.poll_upload(cx, endpoint) {
+                return Poll::Ready(moved.is_ok());
+            }
+            // It hangs up, or says what nobody asked for.
+            while endpoint.poll_readable(cx).is_ready() {
+                if !endpoint.is_reusable() {
+                    return Poll::Ready(false);
+                }
+            }
+            if source.awaits() == awaits { Poll::Pending } else { Poll::Ready(true) }
+        });
+        if !matches!(timer.within(order.deadline(awaits), next).await, Ok(true)) {
+            return;
+        }
+    }
 }
 
 /// Reads the response head in `answer` and writes the client's into `out`.
@@ -225,6 +277,13 @@ pub(super) fn delivery(order: &Order<'_>, shape: Shape, framing: Framing, upload
     Delivery { framing, keep_alive: shape.keep_alive && stays, minor: shape.minor }
 }
 
+/// Why a response did not get through.
+enum Broken {
+    /// Before any of it was sent.
+    Unsent(&'static str),
+    Midway(&'static str),
+}
+
 /// Moves the body. The head in `out` leaves with its first piece.
 async fn deliver(
     order: &Order<'_>,
@@ -235,21 +294,23 @@ async fn deliver(
     answer: &mut Buffer,
     out: &mut Output,
     record: &mut Record,
-) -> Result<(), &'static str> {
+) -> Result<(), Broken> {
     let chunked = reply.delivery.framing == Framing::Chunked;
     let mut body = Incoming::new(reply.framing);
     let mut after = Output::take();
     let mut ended = false;
     loop {
-        let mut piece = body.next(answer).map_err(|e| e.0)?;
+        // Until its first piece leaves, the head can still be taken back.
+        let broken = if out.is_empty() { Broken::Midway } else { Broken::Unsent };
+        let mut piece = body.next(answer).map_err(|e| broken(e.0))?;
         piece.done |= ended && body.ends_at_close();
         if ended && !piece.done {
-            return Err("endpoint closed the connection within a response body");
+            return Err(Broken::Midway("endpoint closed the connection within a response body"));
         }
         body.frame(chunked, piece, out, &mut after);
         let parts = [out.as_slice(), &answer.filled()[..piece.data], after.as_slice()];
         if !send(timer, source.conn, source.write_timeout, parts).await {
-            return Err("client closed the connection");
+            return Err(Broken::Midway("client closed the connection"));
         }
         record.bytes_out += piece.data as u64;
         out.clear();
@@ -258,11 +319,13 @@ async fn deliver(
             return Ok(());
         }
         answer.release();
-        ended = match step(timer, source, endpoint, answer, order.read_deadline()).await {
+        ended = match step(order, timer, source, endpoint, answer).await {
             Ok(n) => n == 0,
-            Err(Failure::Late) => return Err("endpoint timed out within a response body"),
-            Err(Failure::Client | Failure::Answer(..)) => return Err("client closed the connection"),
-            Err(Failure::Endpoint(reason) | Failure::Nonsense(reason)) => return Err(reason),
+            Err(Failure::Late) => return Err(Broken::Midway("endpoint timed out within a response body")),
+            Err(Failure::Client) => return Err(Broken::Midway("client closed the connection")),
+            Err(Failure::Answer(_, reason) | Failure::Endpoint(reason) | Failure::Nonsense(reason)) => {
+                return Err(Broken::Midway(reason));
+            }
         };
     }
 }

@@ -28,6 +28,8 @@ pub(super) struct Upload {
     abandoned: bool,
     /// Anything was taken from the client: the request cannot be sent again.
     started: bool,
+    /// The latest poll ended waiting for the client, not for the endpoint.
+    awaits_client: bool,
 }
 
 enum Body {
@@ -53,6 +55,7 @@ impl Upload {
             done,
             abandoned: false,
             started: false,
+            awaits_client: false,
         }
     }
 
@@ -66,11 +69,6 @@ impl Upload {
         !self.done && !self.abandoned
     }
 
-    /// All that came has left, and more is to come.
-    pub(super) fn awaits_client(&self, input: &Buffer) -> bool {
-        self.is_active() && !self.has_unwritten(input)
-    }
-
     /// The endpoint takes no more.
     pub(super) fn abandon(&mut self) {
         self.abandoned = true;
@@ -79,6 +77,11 @@ impl Upload {
     /// Something was taken from the client that cannot be sent again.
     pub(super) fn has_started(&self) -> bool {
         self.started
+    }
+
+    /// It is the client that nothing comes from.
+    pub(super) fn awaits_client(&self) -> bool {
+        self.awaits_client
     }
 
     /// The request as far as an answer is concerned, given how much of its body is still to come.
@@ -97,6 +100,7 @@ impl Upload {
         endpoint: &mut Conn,
     ) -> Poll<Result<(), UploadError>> {
         loop {
+            self.awaits_client = false;
             if self.done {
                 ready!(pin(endpoint).poll_flush(cx)).map_err(|_| UploadError::Endpoint)?;
                 return Poll::Ready(Ok(()));
@@ -111,6 +115,7 @@ impl Upload {
             if pin(endpoint).poll_flush(cx).map_err(|_| UploadError::Endpoint)?.is_pending() {
                 return Poll::Pending;
             }
+            self.awaits_client = true;
             match ready!(client.poll_fill(cx, input)) {
                 Ok(0) | Err(_) => return Poll::Ready(Err(UploadError::Client)),
                 Ok(_) => self.started = true,
@@ -198,6 +203,7 @@ impl Upload {
                 let Poll::Ready(n) = written.map_err(|_| UploadError::Endpoint)? else {
                     return Ok(Poll::Pending);
                 };
+                self.started = true;
                 input.consume(n);
                 *left -= n as u64;
                 self.bytes += n as u64;

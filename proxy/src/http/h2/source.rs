@@ -11,7 +11,7 @@ use tokio::io::AsyncWrite as _;
 
 use crate::buffer::Output;
 use crate::conn::Conn;
-use crate::http::exchange::{Piece, Source, UploadError};
+use crate::http::exchange::{Awaits, Piece, Source, UploadError};
 use crate::http::head::Framing;
 use crate::http::{chunked, map};
 use crate::timer::Timer;
@@ -199,8 +199,12 @@ impl Source for Watched<'_> {
         self.source.started
     }
 
-    fn awaits_client(&self) -> bool {
-        self.is_active() && !self.source.ended && self.source.unwritten() == 0
+    fn awaits(&self) -> Awaits {
+        match (self.is_active(), self.source.ended || self.source.unwritten() > 0) {
+            (true, false) => Awaits::Client,
+            (true, true) => Awaits::Room,
+            (false, _) => Awaits::Answer,
+        }
     }
 
     fn abandon(&mut self) {

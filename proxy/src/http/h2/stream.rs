@@ -277,7 +277,7 @@ impl Stream<'_> {
             }
             answer.release();
             let (timer, mut watched) = self.watch(source);
-            ended = step(timer, &mut watched, &mut peer.conn, answer, order.read_deadline()).await? == 0;
+            ended = step(order, timer, &mut watched, &mut peer.conn, answer).await? == 0;
         }
     }
 

@@ -1,0 +1,240 @@
+//! The admin endpoint: health, metrics and what is live, for operators and
+//! probes. Read only, on loopback unless told otherwise.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty, Full, Limited};
+use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+
+use crate::explain::{Question, decode, explain};
+use crate::text::Text;
+use lockgate_proxy::router::{Live, Routes};
+
+/// Further connections wait until one of these ends.
+const CONNECTIONS_MAX: usize = 64;
+
+/// From accepting a connection to the end of a request's headers.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A connection ends after this long, whatever it does: scrapes are short.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Bytes of an answer that `explain --admin` is ready to read.
+const ANSWER_MAX: usize = 1 << 20;
+
+const INDEX: &str = "\
+lockgate admin
+
+  /livez          200 while the process lives
+  /readyz         200 when the first full table is live, 503 before that and while draining
+  /metrics        Prometheus
+  /debug/routes   the live table as JSON; ?host=shop.example for one host
+  /debug/explain  ?url=https://shop.example/cart&method=GET&header=Name:%20value
+";
+
+/// What the admin endpoint shows. Shared with whoever starts, publishes and stops.
+#[derive(Default)]
+pub struct AdminState {
+    live: OnceLock<(Routes, Arc<Live>)>,
+    ready: AtomicBool,
+    draining: AtomicBool,
+}
+
+impl AdminState {
+    /// The proxy runs: there are metrics and routes to show.
+    pub fn started(&self, routes: Routes, live: Arc<Live>) {
+        // A process starts one proxy; a second one would not be shown.
+        let _ = self.live.set((routes, live));
+    }
+
+    /// The first full table is live.
+    pub fn ready(&self) {
+        self.ready.store(true, Ordering::Release);
+    }
+
+    /// The process is about to stop; load balancers should look elsewhere.
+    pub fn draining(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
+    fn readiness(&self) -> Result<(), &'static str> {
+        match (self.draining.load(Ordering::Acquire), self.ready.load(Ordering::Acquire)) {
+            (true, _) => Err("draining\n"),
+            (false, false) => Err("the first table is not live yet\n"),
+            (false, true) => Ok(()),
+        }
+    }
+}
+
+/// Serves the admin endpoint on a thread of its own, so that a busy controller
+/// does not look dead. Returns the address it really has.
+///
+/// # Errors
+/// The address cannot be bound, or a thread cannot be started.
+pub fn start(address: SocketAddr, state: Arc<AdminState>) -> io::Result<SocketAddr> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("lockgate-admin".into()).spawn(move || {
+        runtime.block_on(async {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => serve(listener, state).await,
+                Err(error) => tracing::error!("the admin endpoint cannot be served: {error}"),
+            }
+        });
+    })?;
+    Ok(address)
+}
+
+async fn serve(listener: TcpListener, state: Arc<AdminState>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(_) => {
+                // Out of file descriptors, or a client that left already.
+                sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let state = state.clone();
+        tokio::spawn(async move {
+            let service = service_fn(move |request| {
+                let answer = answer(&state, &request);
+                async move { Ok::<_, Infallible>(answer) }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIMEOUT)
+                .max_buf_size(16 << 10)
+                .serve_connection(TokioIo::new(stream), service);
+            // What goes wrong on a connection is the client's business.
+            let _ = timeout(CONNECTION_TIMEOUT, connection).await;
+            drop(slot);
+        });
+    }
+}
+
+fn answer<B>(state: &AdminState, request: &Request<B>) -> Response<Full<Bytes>> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut refusal = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
+        refusal.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
+        return refusal;
+    }
+    let query = request.uri().query().unwrap_or_default();
+    match (request.uri().path(), state.live.get()) {
+        ("/", _) => plain(StatusCode::OK, INDEX),
+        ("/livez" | "/healthz", _) => plain(StatusCode::OK, "ok\n"),
+        ("/readyz", _) => match state.readiness() {
+            Ok(()) => plain(StatusCode::OK, "ok\n"),
+            Err(reason) => plain(StatusCode::SERVICE_UNAVAILABLE, reason),
+        },
+        ("/metrics", Some((_, live))) => {
+            body(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", live.metrics.encode())
+        }
+        ("/debug/routes", Some((routes, _))) => show_routes(routes, query),
+        ("/debug/explain", Some((routes, _))) => show_explanation(routes, query),
+        ("/metrics" | "/debug/routes" | "/debug/explain", None) => {
+            plain(StatusCode::SERVICE_UNAVAILABLE, "the proxy has not started yet\n")
+        }
+        _ => plain(StatusCode::NOT_FOUND, INDEX),
+    }
+}
+
+/// Certificates appear by fingerprint: their `Serialize` knows nothing else.
+fn show_routes(routes: &Routes, query: &str) -> Response<Full<Bytes>> {
+    let router = routes.load_full();
+    let json = match parameters(query).find(|(name, _)| *name == "host") {
+        None => serde_json::to_string_pretty(router.table()),
+        Some((_, host)) => {
+            let host = if host == "*" { String::new() } else { host };
+            let pattern = lockgate_proxy::table::HostPattern::new(&host);
+            match router.table().hosts.get(&pattern) {
+                Some(host) => serde_json::to_string_pretty(host),
+                None => return plain(StatusCode::NOT_FOUND, "no rules for this host\n"),
+            }
+        }
+    };
+    match json {
+        Ok(json) => body(StatusCode::OK, "application/json", json),
+        Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
+    }
+}
+
+fn show_explanation(routes: &Routes, query: &str) -> Response<Full<Bytes>> {
+    let (mut url, mut method, mut headers) = (String::new(), "GET".to_owned(), Vec::new());
+    for (name, value) in parameters(query) {
+        match name {
+            "url" => url = value,
+            "method" => method = value,
+            "header" => headers.push(value),
+            _ => {}
+        }
+    }
+    match Question::new(&url, &method, &headers) {
+        Err(error) => plain(StatusCode::BAD_REQUEST, &format!("{error}\n")),
+        Ok(question) => {
+            let mut text = Text::new(false);
+            let served = explain(&mut text, &routes.load_full(), &question);
+            plain(if served { StatusCode::OK } else { StatusCode::NOT_FOUND }, &text.finish())
+        }
+    }
+}
+
+fn parameters(query: &str) -> impl Iterator<Item = (&str, String)> {
+    query.split('&').filter_map(|pair| {
+        let (name, value) = pair.split_once('=')?;
+        Some((name, decode(&value.replace('+', " "))))
+    })
+}
+
+fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
+    body(status, "text/plain; charset=utf-8", text.to_owned())
+}
+
+fn body(status: StatusCode, kind: &'static str, text: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(text)));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
+    headers.insert(CACHE_CONTROL, hyper::header::HeaderValue::from_static("no-store"));
+    response
+}
+
+/// Asks the admin endpoint of another Lockgate: status and body.
+///
+/// # Errors
+/// In words: what failed.
+pub async fn get(address: SocketAddr, path_and_query: &str) -> Result<(u16, String), String> {
+    let asking = async {
+        let stream = TcpStream::connect(address).await.map_err(|error| error.to_string())?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|error| error.to_string())?;
+        tokio::spawn(connection);
+        let request = Request::get(path_and_query)
+            .header(HOST, address.to_string())
+            .body(Empty::<Bytes>::new())
+            .map_err(|error| error.to_string())?;
+        let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+        let status = response.status().as_u16();
+        let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
+        let body = body.map_err(|error| error.to_string())?.to_bytes();
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    };
+    timeout(HEADER_TIMEOUT, asking).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))
+}

@@ -1,0 +1,551 @@
+//! Every flag and environment variable.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
+
+use crate::source::FolderOptions;
+use crate::store::Key;
+use crate::translate::Options;
+use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
+use lockgate_proxy::config::{Config, Drain, Limits, Timeouts};
+
+const EXAMPLES: &str = "\
+Examples:
+  lockgate demo                              see it all work on this machine
+  lockgate check ./manifests                 what would Lockgate do with these files?
+  lockgate ingress --manifests ./manifests   serve them, and follow every edit
+  lockgate explain shop.example/cart --manifests ./manifests
+                                             which rule serves this URL, and why?
+
+'lockgate COMMAND --help' explains a command's flags. Every flag can also be set by the
+environment variable beside it.";
+
+const INGRESS_EXAMPLES: &str = "\
+Examples:
+  lockgate ingress --manifests ./manifests
+      HTTP on port 8080, HTTPS on 8443, metrics and health on 127.0.0.1:10254.
+  lockgate ingress --manifests ./manifests --http-addr '[::]:80' --https-addr '[::]:443'
+      The usual ports, IPv6 and IPv4. Ports below 1024 need root or CAP_NET_BIND_SERVICE.
+  lockgate ingress --manifests ./manifests --trusted-proxies 10.0.0.0/8
+      Behind a load balancer in 10.0.0.0/8 that sets X-Forwarded-For.
+
+Durations are a number and a unit: 250ms, 30s, 5m, 1h. Sizes: 8192, 64KiB, 32MiB, 1GiB.
+SIGTERM and SIGINT drain: readiness fails at once, listeners close after the grace period,
+requests finish until the drain timeout. A second signal ends at once.";
+
+const CHECK_EXAMPLES: &str = "\
+Examples:
+  lockgate check ingress.yaml service.yaml
+  lockgate check ./manifests --strict           in CI: a warning fails, too
+  kubectl get ingress,service -A -o yaml | lockgate check -
+  lockgate check ./manifests --output json | jq '.routes[].host'
+
+Exit status: 0 nothing is refused, 1 something is refused (or, with --strict, differs from
+what was written), 2 something cannot be read.";
+
+const EXPLAIN_EXAMPLES: &str = "\
+Examples:
+  lockgate explain shop.example/cart --manifests ./manifests
+  lockgate explain https://shop.example/ -H 'X-Canary: always' --manifests ./manifests
+  lockgate explain https://shop.example/ --admin 127.0.0.1:10254
+      asks the Lockgate that runs there, so the answer is about what is live.
+
+Exit status: 0 a rule serves the request, 1 none does, 2 the question cannot be answered.";
+
+const DEMO_EXAMPLES: &str = "\
+Examples:
+  lockgate demo           move the canary 5 -> 25 -> 50 -> 100 %, then keep serving until Ctrl-C
+  lockgate demo --once    the same, then end; a failed request or a wrong split is an error";
+
+/// The gate between clients and the Pods of a Kubernetes cluster.
+#[derive(Debug, Parser)]
+#[command(name = "lockgate", version, max_term_width = 100, after_help = EXAMPLES)]
+#[command(arg_required_else_help = true, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+impl Cli {
+    /// Reads the command line; ends the process with a message if it makes no sense.
+    pub fn read() -> Cli {
+        // Help names each variable; its value now is not what one asks help for.
+        let hidden = |command: clap::Command| command.mut_args(|arg| arg.hide_env_values(true));
+        let matches = Cli::command().mut_subcommands(hidden).get_matches();
+        Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant)] // one exists, once
+pub enum Command {
+    /// Show it all on this machine: two toy applications, a TLS host, a canary. No cluster needed
+    #[command(after_help = DEMO_EXAMPLES)]
+    Demo(DemoArgs),
+    /// Serve a folder of manifests: HTTP/1.1, HTTP/2, gRPC and WebSocket, plain and over TLS
+    #[command(after_help = INGRESS_EXAMPLES)]
+    Ingress(IngressArgs),
+    /// Say what manifests will do here: accepted, differs, refused; and the routes that result
+    #[command(after_help = CHECK_EXAMPLES)]
+    Check(CheckArgs),
+    /// Say which rule serves a request, and why
+    #[command(after_help = EXPLAIN_EXAMPLES)]
+    Explain(ExplainArgs),
+}
+
+/// Which objects count.
+#[derive(Debug, Args)]
+pub struct ObjectArgs {
+    /// Serve only the Ingresses of this class. Without it every Ingress of the folder is served
+    #[arg(long, value_name = "NAME", env = "LOCKGATE_INGRESS_CLASS")]
+    pub ingress_class: Option<String>,
+    /// The Secret to show clients that ask for a host without a certificate of its own.
+    /// Without it they see a self-signed one
+    #[arg(long, value_name = "NAMESPACE/NAME", env = "LOCKGATE_DEFAULT_SSL_CERTIFICATE", value_parser = parse_key)]
+    pub default_ssl_certificate: Option<Key>,
+    /// Larger files are refused
+    #[arg(long, value_name = "SIZE", default_value = "32MiB", env = "LOCKGATE_MAX_FILE_SIZE")]
+    pub max_file_size: Size,
+    /// Further files are refused
+    #[arg(long, value_name = "N", default_value_t = 100_000, env = "LOCKGATE_MAX_FILES")]
+    pub max_files: usize,
+}
+
+impl ObjectArgs {
+    /// What the translator needs to know.
+    pub fn options(&self) -> Options {
+        Options {
+            ingress_class: self.ingress_class.clone(),
+            default_certificate: self.default_ssl_certificate.clone(),
+            ..Options::default()
+        }
+    }
+
+    /// How files are read.
+    pub fn folder(&self) -> FolderOptions {
+        FolderOptions {
+            file_size_max: self.max_file_size.0,
+            files_max: self.max_files,
+            ..FolderOptions::default()
+        }
+    }
+}
+
+/// `lockgate ingress`
+#[derive(Debug, Args)]
+pub struct IngressArgs {
+    /// The folder: every .yaml, .yml and .json below it is read, and every edit followed
+    #[arg(long, value_name = "DIR", env = "LOCKGATE_MANIFESTS")]
+    pub manifests: PathBuf,
+    /// Where to serve HTTP; may be repeated
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:8080", value_delimiter = ',')]
+    #[arg(env = "LOCKGATE_HTTP_ADDR")]
+    pub http_addr: Vec<SocketAddr>,
+    /// Where to serve HTTPS; may be repeated
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:8443", value_delimiter = ',')]
+    #[arg(env = "LOCKGATE_HTTPS_ADDR")]
+    pub https_addr: Vec<SocketAddr>,
+    /// Where to serve /metrics, /livez, /readyz and /debug. Not for the public: it shows every route
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:10254", env = "LOCKGATE_ADMIN_ADDR")]
+    pub admin_addr: SocketAddr,
+    /// Worker threads; one per core unless given
+    #[arg(long, value_name = "N", env = "LOCKGATE_WORKERS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub workers: Option<u16>,
+    /// Networks whose X-Forwarded-* headers are believed. Nobody's are unless given
+    #[arg(long, value_name = "CIDR,...", value_delimiter = ',', env = "LOCKGATE_TRUSTED_PROXIES", value_parser = parse_network)]
+    pub trusted_proxies: Vec<IpNet>,
+    /// One line per request on standard output, or none
+    #[arg(long, value_name = "FORMAT", default_value = "off", env = "LOCKGATE_ACCESS_LOG")]
+    pub access_log: AccessLog,
+    /// Write the access log to this file instead
+    #[arg(long, value_name = "FILE", env = "LOCKGATE_ACCESS_LOG_FILE")]
+    pub access_log_file: Option<PathBuf>,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub objects: ObjectArgs,
+    /// A change is taken up when nothing has changed for this long (after 1s in any case)
+    #[arg(long, value_name = "DURATION", default_value = "100ms", env = "LOCKGATE_DEBOUNCE")]
+    pub debounce: Span,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub stop: StopArgs,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub timeouts: TimeoutArgs,
+}
+
+/// How a stop proceeds.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Stopping")]
+pub struct StopArgs {
+    /// After SIGTERM, accept connections this long while load balancers notice that /readyz fails
+    #[arg(long, value_name = "DURATION", default_value = "5s", env = "LOCKGATE_SHUTDOWN_GRACE_PERIOD")]
+    pub shutdown_grace_period: Span,
+    /// After that, let requests and tunnels finish this long
+    #[arg(long, value_name = "DURATION", default_value = "240s", env = "LOCKGATE_DRAIN_TIMEOUT")]
+    pub drain_timeout: Span,
+}
+
+/// Sizes and counts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+pub struct LimitArgs {
+    /// Largest request body, answered 413 beyond; 0 is no limit. Ingresses may set their own
+    #[arg(long, value_name = "SIZE", default_value = "0", env = "LOCKGATE_MAX_BODY_SIZE")]
+    pub max_body_size: Size,
+    /// Largest request line and headers together, answered 431 beyond
+    #[arg(long, value_name = "SIZE", default_value = "32KiB", env = "LOCKGATE_MAX_HEADER_SIZE")]
+    pub max_header_size: Size,
+    /// Most header fields of a request, answered 431 beyond; at most 128
+    #[arg(long, value_name = "N", default_value_t = 100, env = "LOCKGATE_MAX_HEADERS", value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub max_headers: u16,
+    /// Longest request target (path and query), answered 414 beyond
+    #[arg(long, value_name = "SIZE", default_value = "8KiB", env = "LOCKGATE_MAX_URI_SIZE")]
+    pub max_uri_size: Size,
+    /// Most client connections per worker; further ones wait
+    #[arg(long, value_name = "N", default_value_t = 16_384, env = "LOCKGATE_MAX_CONNECTIONS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_connections: u32,
+    /// Most concurrent streams of one HTTP/2 connection
+    #[arg(long, value_name = "N", default_value_t = 128, env = "LOCKGATE_MAX_STREAMS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_streams: u32,
+    /// Most endpoints tried for one request
+    #[arg(long, value_name = "N", default_value_t = 3, env = "LOCKGATE_MAX_TRIES", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub max_tries: u32,
+    /// Most idle connections kept per endpoint and worker
+    #[arg(long, value_name = "N", default_value_t = 256, env = "LOCKGATE_MAX_IDLE_UPSTREAM")]
+    pub max_idle_upstream: usize,
+}
+
+/// Deadlines.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Timeouts")]
+pub struct TimeoutArgs {
+    /// From the first byte of a request to the end of its headers: 408
+    #[arg(long, value_name = "DURATION", default_value = "15s", env = "LOCKGATE_HEADER_TIMEOUT")]
+    pub header_timeout: Span,
+    /// An idle client connection between two requests is closed
+    #[arg(long, value_name = "DURATION", default_value = "75s", env = "LOCKGATE_KEEP_ALIVE_TIMEOUT")]
+    pub keep_alive_timeout: Span,
+    /// Between two reads of a request body, and two writes to a client
+    #[arg(long, value_name = "DURATION", default_value = "60s", env = "LOCKGATE_CLIENT_TIMEOUT")]
+    pub client_timeout: Span,
+    /// A TLS handshake with a client
+    #[arg(long, value_name = "DURATION", default_value = "10s", env = "LOCKGATE_HANDSHAKE_TIMEOUT")]
+    pub handshake_timeout: Span,
+    /// Connecting to an endpoint: the next one is tried, then 504
+    #[arg(long, value_name = "DURATION", default_value = "5s", env = "LOCKGATE_PROXY_CONNECT_TIMEOUT")]
+    pub proxy_connect_timeout: Span,
+    /// Between two writes to an endpoint: 504
+    #[arg(long, value_name = "DURATION", default_value = "60s", env = "LOCKGATE_PROXY_SEND_TIMEOUT")]
+    pub proxy_send_timeout: Span,
+    /// Between two reads from an endpoint: 504
+    #[arg(long, value_name = "DURATION", default_value = "60s", env = "LOCKGATE_PROXY_READ_TIMEOUT")]
+    pub proxy_read_timeout: Span,
+    /// An idle connection to an endpoint is closed
+    #[arg(long, value_name = "DURATION", default_value = "60s", env = "LOCKGATE_IDLE_UPSTREAM_TIMEOUT")]
+    pub idle_upstream_timeout: Span,
+    /// A WebSocket or other tunnel on which nobody speaks is closed
+    #[arg(long, value_name = "DURATION", default_value = "1h", env = "LOCKGATE_TUNNEL_TIMEOUT")]
+    pub tunnel_timeout: Span,
+}
+
+impl IngressArgs {
+    /// What the proxy needs to know.
+    pub fn config(&self) -> Config {
+        let defaults = Config::default();
+        Config {
+            http: self.http_addr.clone(),
+            https: self.https_addr.clone(),
+            workers: self.workers.map_or(defaults.workers, usize::from),
+            limits: self.limits.limits(),
+            timeouts: self.timeouts.timeouts(),
+            trusted: self.trusted_proxies.clone(),
+            access_log: self.access_log(),
+            drain: Drain { grace: self.stop.shutdown_grace_period.0, deadline: self.stop.drain_timeout.0 },
+            ..defaults
+        }
+    }
+
+    fn access_log(&self) -> Option<AccessLogConfig> {
+        let format = match self.access_log {
+            AccessLog::Off => return None,
+            AccessLog::Json => Format::Json,
+            AccessLog::Combined => Format::Combined,
+        };
+        let destination = self.access_log_file.clone().map_or(Destination::Stdout, Destination::File);
+        Some(AccessLogConfig { format, destination })
+    }
+
+    /// How the folder is read and watched.
+    pub fn folder(&self) -> FolderOptions {
+        FolderOptions { debounce: self.debounce.0, ..self.objects.folder() }
+    }
+}
+
+impl LimitArgs {
+    fn limits(&self) -> Limits {
+        Limits {
+            header_bytes: self.max_header_size.0 as usize,
+            headers: self.max_headers.into(),
+            target_bytes: self.max_uri_size.0 as usize,
+            body_bytes: Some(self.max_body_size.0).filter(|size| *size > 0),
+            connections: self.max_connections as usize,
+            idle_upstream: self.max_idle_upstream,
+            tries: self.max_tries,
+            h2_streams: self.max_streams,
+        }
+    }
+}
+
+impl TimeoutArgs {
+    fn timeouts(&self) -> Timeouts {
+        Timeouts {
+            header: self.header_timeout.0,
+            keep_alive: self.keep_alive_timeout.0,
+            client: self.client_timeout.0,
+            handshake: self.handshake_timeout.0,
+            connect: self.proxy_connect_timeout.0,
+            send: self.proxy_send_timeout.0,
+            read: self.proxy_read_timeout.0,
+            idle_upstream: self.idle_upstream_timeout.0,
+            tunnel: self.tunnel_timeout.0,
+        }
+    }
+}
+
+/// `lockgate check`
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Files and folders of manifests; - reads standard input
+    #[arg(required = true, value_name = "FILE|DIR")]
+    pub paths: Vec<PathBuf>,
+    /// How to say it
+    #[arg(long, short, value_name = "FORMAT", default_value = "text")]
+    pub output: Output,
+    /// Warnings fail, too
+    #[arg(long)]
+    pub strict: bool,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub objects: ObjectArgs,
+}
+
+/// `lockgate explain`
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// What is asked for: https://host/path, or host/path for plain HTTP
+    #[arg(value_name = "URL")]
+    pub url: String,
+    /// A header of the request; may be repeated
+    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
+    pub headers: Vec<String>,
+    /// The request's method
+    #[arg(short = 'X', long = "request", value_name = "METHOD", default_value = "GET")]
+    pub method: String,
+    /// Answer from this folder (or file) of manifests
+    #[arg(long, value_name = "DIR", env = "LOCKGATE_MANIFESTS", required_unless_present = "admin")]
+    pub manifests: Option<PathBuf>,
+    /// Answer from the Lockgate whose --admin-addr this is
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with = "manifests")]
+    pub admin: Option<SocketAddr>,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub objects: ObjectArgs,
+}
+
+/// `lockgate demo`
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// End by itself after the last step
+    #[arg(long)]
+    pub once: bool,
+    /// Where to serve HTTP. If the port is taken, a free one is used
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:8080", env = "LOCKGATE_DEMO_HTTP_ADDR")]
+    pub http_addr: SocketAddr,
+    /// Where to serve HTTPS. If the port is taken, a free one is used
+    #[arg(
+        long,
+        value_name = "ADDR:PORT",
+        default_value = "127.0.0.1:8443",
+        env = "LOCKGATE_DEMO_HTTPS_ADDR"
+    )]
+    pub https_addr: SocketAddr,
+    /// Requests sent to measure each step
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
+    pub requests: u32,
+}
+
+/// Format of the access log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AccessLog {
+    /// None
+    Off,
+    /// One JSON object per line
+    Json,
+    /// As nginx writes it, and what ingress-nginx adds
+    Combined,
+}
+
+/// Format of a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people
+    Text,
+    /// For programs
+    Json,
+}
+
+/// A duration on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+impl FromStr for Span {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Span, String> {
+        let (number, unit) = split_unit(text);
+        let number: f64 =
+            number.parse().map_err(|_| "write a number and a unit, as 250ms, 30s, 5m or 1h".to_owned())?;
+        let seconds = match unit {
+            "ms" => number / 1e3,
+            "s" => number,
+            "m" => number * 60.0,
+            "h" => number * 3600.0,
+            "" => return Err(format!("has no unit; write {text}s for seconds")),
+            other => return Err(format!("{other:?} is no unit; use ms, s, m or h")),
+        };
+        Duration::try_from_secs_f64(seconds)
+            .ok()
+            .filter(|span| *span <= Duration::from_secs(30 * 24 * 3600))
+            .map(Span)
+            .ok_or_else(|| "must lie between 0s and 720h".to_owned())
+    }
+}
+
+/// A number of bytes on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Size, String> {
+        let (number, unit) = split_unit(text);
+        let number: u64 =
+            number.parse().map_err(|_| "write a number of bytes, as 8192, 64KiB or 32MiB".to_owned())?;
+        let factor: u64 = match unit.to_ascii_lowercase().as_str() {
+            "" | "b" => 1,
+            // nginx counts k, m and g in powers of 1024.
+            "k" | "ki" | "kib" => 1 << 10,
+            "m" | "mi" | "mib" => 1 << 20,
+            "g" | "gi" | "gib" => 1 << 30,
+            _ => return Err(format!("{unit:?} is no unit; use KiB, MiB or GiB")),
+        };
+        number.checked_mul(factor).map(Size).ok_or_else(|| "is too large".to_owned())
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes if bytes >= 1 << 20 && bytes % (1 << 20) == 0 => write!(f, "{}MiB", bytes >> 20),
+            bytes if bytes >= 1 << 10 && bytes % (1 << 10) == 0 => write!(f, "{}KiB", bytes >> 10),
+            bytes => write!(f, "{bytes}"),
+        }
+    }
+}
+
+fn split_unit(text: &str) -> (&str, &str) {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    (&text[..end], text[end..].trim())
+}
+
+fn parse_network(text: &str) -> Result<IpNet, String> {
+    let single = || text.parse::<IpAddr>().map(IpNet::from);
+    text.parse().or_else(|_| single()).map_err(|_| "write a network, as 10.0.0.0/8 or fd00::/8".to_owned())
+}
+
+fn parse_key(text: &str) -> Result<Key, String> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Ok(Key::new(namespace, name))
+        }
+        _ => Err("write NAMESPACE/NAME".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_defaults_are_the_proxys_own() {
+        let Command::Ingress(args) = Cli::parse_from(["lockgate", "ingress", "--manifests", "."]).command
+        else {
+            panic!("not ingress");
+        };
+        let (config, defaults) = (args.config(), Config::default());
+        assert_eq!(format!("{:?}", config.limits), format!("{:?}", defaults.limits));
+        assert_eq!(format!("{:?}", config.timeouts), format!("{:?}", defaults.timeouts));
+        assert_eq!(format!("{:?}", config.drain), format!("{:?}", defaults.drain));
+        assert_eq!(format!("{:?}", args.folder()), format!("{:?}", FolderOptions::default()));
+        assert_eq!(config.workers, defaults.workers);
+    }
+
+    #[test]
+    fn durations() {
+        for (text, expected) in
+            [("250ms", 250), ("30s", 30_000), ("1.5m", 90_000), ("1h", 3_600_000), ("0s", 0)]
+        {
+            assert_eq!(text.parse(), Ok(Span(Duration::from_millis(expected))), "{text}");
+        }
+        for (text, expected) in [
+            ("30", "has no unit; write 30s for seconds"),
+            ("30d", "\"d\" is no unit; use ms, s, m or h"),
+            ("s", "write a number and a unit, as 250ms, 30s, 5m or 1h"),
+            ("-1s", "write a number and a unit, as 250ms, 30s, 5m or 1h"),
+            ("9999h", "must lie between 0s and 720h"),
+        ] {
+            assert_eq!(text.parse::<Span>(), Err(expected.to_owned()), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, expected) in
+            [("0", 0), ("8192", 8192), ("64KiB", 65536), ("8m", 8 << 20), ("1Gi", 1 << 30)]
+        {
+            assert_eq!(text.parse(), Ok(Size(expected)), "{text}");
+        }
+        for text in ["", "k", "1TB", "99999999999999999999", "99999999999g", "-1"] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn networks_and_names() {
+        assert_eq!(parse_network("10.0.0.1").map(|n| n.to_string()), Ok("10.0.0.1/32".to_owned()));
+        assert_eq!(parse_network("fd00::/8").map(|n| n.to_string()), Ok("fd00::/8".to_owned()));
+        assert!(parse_network("everyone").is_err());
+        assert_eq!(parse_key("a/b"), Ok(Key::new("a", "b")));
+        for text in ["a", "/b", "a/", "a/b/c"] {
+            assert!(parse_key(text).is_err(), "{text}");
+        }
+    }
+}

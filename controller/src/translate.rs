@@ -1,0 +1,304 @@
+//! Objects in, tables and statuses out: pure, total, deterministic.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
+use lockgate_ebpf::ServiceTable;
+use lockgate_proxy::RoutingTable;
+use lockgate_proxy::table::HostPattern;
+
+use crate::objects::{Kind, Notice, ObjectRef};
+use crate::store::{Key, Store};
+
+mod annotations;
+mod canary;
+mod certificates;
+mod endpoints;
+mod host;
+mod ingresses;
+mod plan;
+mod pools;
+mod settings;
+mod status;
+
+use certificates::Certificates;
+use ingresses::{Classes, Ingresses};
+use pools::Pools;
+
+/// What the operator chose, fixed for the life of the process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Serve only the Ingresses of this class. `None` serves every Ingress, as
+    /// a folder of manifests wants.
+    pub ingress_class: Option<String>,
+    /// An Ingress that names no class is not served, even if the class is the
+    /// default one. Only with [`Options::ingress_class`].
+    pub require_class: bool,
+    /// A Secret of type `kubernetes.io/tls` for clients whose SNI matches nothing.
+    pub default_certificate: Option<Key>,
+}
+
+/// What should be live.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Desired {
+    /// For the proxy.
+    pub routes: RoutingTable,
+    /// For the service plane.
+    pub services: ServiceTable,
+    /// What to tell the authors of objects. Every Ingress has an entry, an
+    /// empty one if it is served as written; other objects only if there is
+    /// something to say.
+    pub statuses: OrdMap<ObjectRef, Arc<Vec<Notice>>>,
+}
+
+/// Translates one store after another, at the cost of what changed between them.
+///
+/// Every step is keyed by what it makes (a host, a Service's pools, a host's
+/// certificates, an object's status) and runs again only for the keys that a
+/// changed object touches. From nothing, everything is changed: there is no
+/// second way to the same result.
+#[derive(Default)]
+pub struct Translator {
+    options: Options,
+    /// What `desired` was made from.
+    store: Store,
+    desired: Desired,
+    ingresses: Ingresses,
+    endpoints: endpoints::Index,
+    hosts: HashMap<HostPattern, host::Found>,
+    pools: Pools,
+    certificates: Certificates,
+    #[cfg(test)]
+    made: Made,
+}
+
+/// How often each step ran, for the test that the work follows the change.
+#[cfg(test)]
+#[derive(Clone, Copy, Default)]
+struct Made {
+    hosts: usize,
+    services: usize,
+    statuses: usize,
+}
+
+/// What has to be made again.
+#[derive(Default)]
+struct Dirty {
+    hosts: BTreeSet<HostPattern>,
+    services: BTreeSet<Key>,
+    certificates: BTreeSet<HostPattern>,
+    default_certificate: bool,
+    /// Of Ingresses.
+    statuses: BTreeSet<Key>,
+}
+
+impl Translator {
+    /// A translator that has seen nothing yet.
+    pub fn new(options: Options) -> Translator {
+        Translator { options, ..Translator::default() }
+    }
+
+    /// The desired state for `store`. Never fails: what is wrong with an object
+    /// becomes its status.
+    pub fn translate(&mut self, store: &Store) -> Desired {
+        let old = std::mem::replace(&mut self.store, store.clone());
+        let first = old.is_empty();
+        let mut dirty = Dirty { default_certificate: first, ..Dirty::default() };
+        self.read_ingresses(&old, &mut dirty);
+        self.read_endpoints(&old, &mut dirty);
+        self.read_secrets(&old, &mut dirty);
+        #[cfg(test)]
+        let hosts = dirty.hosts.len();
+        self.make_hosts(&mut dirty);
+        self.make_services(&dirty);
+        self.make_certificates(&mut dirty);
+        self.make_statuses(&dirty);
+        #[cfg(test)]
+        {
+            self.made.hosts += hosts;
+            self.made.services += dirty.services.len();
+            self.made.statuses += dirty.statuses.len();
+        }
+        self.desired.clone()
+    }
+
+    fn read_ingresses(&mut self, old: &Store, dirty: &mut Dirty) {
+        let before = Classes::new(&self.options, old);
+        let after = Classes::new(&self.options, &self.store);
+        if before != after {
+            for (key, ingress) in &self.store.ingresses {
+                if before.serves(ingress) != after.serves(ingress) || after.serves(ingress).is_err() {
+                    self.ingresses.replace(key, Some((ingress, &after)), dirty);
+                }
+            }
+        }
+        for (key, _, new) in changes(&old.ingresses, &self.store.ingresses) {
+            self.ingresses.replace(key, new.map(|new| (new, &after)), dirty);
+        }
+    }
+
+    fn read_endpoints(&mut self, old: &Store, dirty: &mut Dirty) {
+        for (key, old, new) in changes(&old.services, &self.store.services) {
+            for (service, present) in
+                old.map(|old| (old, false)).into_iter().chain(new.map(|new| (new, true)))
+            {
+                self.endpoints.service(service, present);
+            }
+            dirty.services.insert(key.clone());
+            dirty.statuses.extend(self.ingresses.using_service(key).cloned());
+        }
+        for (_, old, new) in changes(&old.slices, &self.store.slices) {
+            dirty.services.extend(old.and_then(|old| self.endpoints.slice(old, false)));
+            dirty.services.extend(new.and_then(|new| self.endpoints.slice(new, true)));
+        }
+        for (_, old, new) in changes(&old.pods, &self.store.pods) {
+            for (pod, present) in old.map(|old| (old, false)).into_iter().chain(new.map(|new| (new, true))) {
+                dirty.services.extend(self.endpoints.pod(pod, present, &self.store));
+            }
+        }
+        // Zones may change anywhere; Nodes come and go rarely.
+        let zones_changed = changes(&old.nodes, &self.store.nodes).any(|(_, old, new)| {
+            old.and_then(|old| old.zone.as_ref()) != new.and_then(|new| new.zone.as_ref())
+        });
+        if zones_changed {
+            dirty.services.extend(self.store.services.keys().cloned());
+        }
+    }
+
+    fn read_secrets(&mut self, old: &Store, dirty: &mut Dirty) {
+        for (key, _, _) in changes(&old.secrets, &self.store.secrets) {
+            self.certificates.forget(key);
+            dirty.default_certificate |= self.options.default_certificate.as_ref() == Some(key);
+            for ingress in self.ingresses.using_secret(key) {
+                dirty.statuses.insert(ingress.clone());
+                if let Some(plan) = self.ingresses.plan(ingress) {
+                    dirty.certificates.extend(plan.certified_hosts());
+                    dirty.default_certificate |= plan.tls.iter().any(|tls| tls.any_host);
+                }
+            }
+        }
+    }
+
+    fn make_hosts(&mut self, dirty: &mut Dirty) {
+        for pattern in std::mem::take(&mut dirty.hosts) {
+            let outcome = host::build(&pattern, &self.ingresses.with_rules_for(&pattern));
+            match outcome.host {
+                Some(host) => put(&mut self.desired.routes.hosts, pattern.clone(), host),
+                None => drop(self.desired.routes.hosts.remove(&pattern)),
+            }
+            let outcome = outcome.found;
+            let previous = self.hosts.remove(&pattern).unwrap_or_default();
+            differing(&previous.notices, &outcome.notices, &mut dirty.statuses);
+            self.pools.replace(&pattern, &previous.pools, &outcome.pools, &mut dirty.services);
+            if !outcome.pools.is_empty() || !outcome.notices.is_empty() {
+                self.hosts.insert(pattern, outcome);
+            }
+        }
+    }
+
+    fn make_services(&mut self, dirty: &Dirty) {
+        for key in &dirty.services {
+            self.pools.make(key, &self.store, &self.endpoints, &mut self.desired);
+        }
+        self.pools.settle(&mut self.desired.services);
+    }
+
+    fn make_certificates(&mut self, dirty: &mut Dirty) {
+        for pattern in std::mem::take(&mut dirty.certificates) {
+            let plans = self.ingresses.with_certificates_for(&pattern);
+            let made = self.certificates.make(&pattern, &plans, &self.store, &mut dirty.statuses);
+            if made.is_empty() {
+                self.desired.routes.certificates.remove(&pattern);
+            } else {
+                put(&mut self.desired.routes.certificates, pattern, made);
+            }
+        }
+        if !dirty.default_certificate {
+            return;
+        }
+        let (certificate, notices) = match &self.options.default_certificate {
+            Some(secret) => self.certificates.of_operator(secret, &self.store),
+            None => (self.certificates.of_oldest(self.ingresses.with_any_host(), &self.store), Vec::new()),
+        };
+        self.desired.routes.default_certificate = certificate;
+        if let Some(secret) = &self.options.default_certificate {
+            set_status(&mut self.desired, secret.reference(Kind::Secret), notices, false);
+        }
+    }
+
+    fn make_statuses(&mut self, dirty: &Dirty) {
+        for key in &dirty.statuses {
+            let reference = key.reference(Kind::Ingress);
+            let Some(ingress) = self.store.ingresses.get(key) else {
+                self.desired.statuses.remove(&reference);
+                continue;
+            };
+            let notices = match self.ingresses.plan(key) {
+                Some(plan) => {
+                    let mut notices = status::of_plan(plan, &self.store, &mut self.certificates);
+                    for host in plan.contributes_to() {
+                        notices.extend(
+                            self.hosts
+                                .get(&host)
+                                .and_then(|host| host.notices.get(key))
+                                .into_iter()
+                                .flatten()
+                                .cloned(),
+                        );
+                    }
+                    for host in plan.certified_hosts() {
+                        notices.extend(self.certificates.notices(&host, key).cloned());
+                    }
+                    notices.sort_by_key(|notice| notice.level);
+                    notices
+                }
+                None => self.ingresses.refusal(ingress, &Classes::new(&self.options, &self.store)),
+            };
+            set_status(&mut self.desired, reference, notices, true);
+        }
+    }
+}
+
+/// An entry without notices is kept only if `keep`.
+fn set_status(desired: &mut Desired, reference: ObjectRef, notices: Vec<Notice>, keep: bool) {
+    if notices.is_empty() && !keep {
+        desired.statuses.remove(&reference);
+    } else {
+        put(&mut desired.statuses, reference, notices);
+    }
+}
+
+/// Inserts `value` unless an equal one is there, so that what did not change stays shared.
+fn put<K: Ord + Clone, V: PartialEq>(map: &mut OrdMap<K, Arc<V>>, key: K, value: V) {
+    if map.get(&key).is_none_or(|old| **old != value) {
+        map.insert(key, Arc::new(value));
+    }
+}
+
+/// Key, old and new value of every entry in which the maps differ. Skips what they share.
+fn changes<'a, T: PartialEq>(
+    old: &'a OrdMap<Key, Arc<T>>,
+    new: &'a OrdMap<Key, Arc<T>>,
+) -> impl Iterator<Item = (&'a Key, Option<&'a Arc<T>>, Option<&'a Arc<T>>)> {
+    old.diff(new).map(|item| match item {
+        DiffItem::Add(key, new) => (key, None, Some(new)),
+        DiffItem::Update { old: (_, old), new: (key, new) } => (key, Some(old), Some(new)),
+        DiffItem::Remove(key, old) => (key, Some(old), None),
+    })
+}
+
+/// Adds to `keys` those whose notices differ.
+fn differing(old: &BTreeMap<Key, Vec<Notice>>, new: &BTreeMap<Key, Vec<Notice>>, keys: &mut BTreeSet<Key>) {
+    let changed = old.keys().chain(new.keys()).filter(|key| old.get(key) != new.get(key));
+    keys.extend(changed.cloned());
+}
+
+/// [`Translator::translate`] from scratch.
+pub fn translate(store: &Store, options: &Options) -> Desired {
+    Translator::new(options.clone()).translate(store)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,217 @@
+//! Which addresses of a Service may receive traffic: kube-proxy's rules, for
+//! both data planes.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use crate::objects::{EndpointSlice, Labels, Pod, Service, ServiceKind, ServicePort, SlicePort, TargetPort};
+use crate::store::{Key, Store};
+
+/// The endpoints of one Service port.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Selected {
+    /// Those for new traffic, each with its zone.
+    pub(super) endpoints: BTreeMap<SocketAddr, Option<Arc<str>>>,
+    /// Of the first slice that has the port; used if the Service says nothing.
+    pub(super) app_protocol: Option<Arc<str>>,
+}
+
+/// Finds the slices and Pods of a Service, and the Services of a Pod, without
+/// looking at all of them.
+#[derive(Default)]
+pub(super) struct Index {
+    slices: HashMap<Key, BTreeSet<Key>>,
+    pods: HashMap<Label, BTreeSet<Key>>,
+    services: HashMap<Label, BTreeSet<Key>>,
+}
+
+/// Namespace, label, value.
+type Label = (Arc<str>, Arc<str>, Arc<str>);
+
+fn labels_of<'a>(namespace: &'a Arc<str>, labels: &'a Labels) -> impl Iterator<Item = Label> + 'a {
+    labels.iter().map(|(label, value)| (namespace.clone(), label.clone(), value.clone()))
+}
+
+/// Adds or removes one entry; an empty set leaves the map.
+pub(super) fn toggle<K: std::hash::Hash + Eq, V: Ord>(
+    map: &mut HashMap<K, BTreeSet<V>>,
+    key: K,
+    value: V,
+    present: bool,
+) {
+    if present {
+        map.entry(key).or_default().insert(value);
+    } else if let Some(set) = map.get_mut(&key) {
+        set.remove(&value);
+        if set.is_empty() {
+            map.remove(&key);
+        }
+    }
+}
+
+impl Index {
+    /// Returns the Service whose endpoints changed.
+    pub(super) fn slice(&mut self, slice: &EndpointSlice, present: bool) -> Option<Key> {
+        let service = Key::new(slice.meta.namespace.clone(), slice.service.clone()?);
+        toggle(&mut self.slices, service.clone(), Key::from(&slice.meta), present);
+        Some(service)
+    }
+
+    pub(super) fn service(&mut self, service: &Service, present: bool) {
+        for label in labels_of(&service.meta.namespace, &service.selector) {
+            toggle(&mut self.services, label, Key::from(&service.meta), present);
+        }
+    }
+
+    /// Returns the Services that may select it.
+    pub(super) fn pod(&mut self, pod: &Pod, present: bool, store: &Store) -> Vec<Key> {
+        let mut services = BTreeSet::new();
+        for label in labels_of(&pod.meta.namespace, &pod.labels) {
+            services.extend(self.services.get(&label).into_iter().flatten().cloned());
+            toggle(&mut self.pods, label, Key::from(&pod.meta), present);
+        }
+        let selects = |key: &Key| store.services.get(key).is_some_and(|service| selects(service, pod));
+        services.into_iter().filter(selects).collect()
+    }
+
+    /// Whether `service` takes its endpoints from Pods rather than slices.
+    pub(super) fn uses_pods(&self, service: &Service) -> bool {
+        !service.selector.is_empty() && !self.slices.contains_key(&Key::from(&service.meta))
+    }
+
+    /// The endpoints of `port`. An `ExternalName` Service has none.
+    pub(super) fn select(&self, store: &Store, service: &Service, port: &ServicePort) -> Selected {
+        if service.kind == ServiceKind::ExternalName {
+            return Selected::default();
+        }
+        let mut candidates = Candidates { store, ready: BTreeMap::new(), serving: BTreeMap::new() };
+        let app_protocol = if self.uses_pods(service) {
+            self.from_pods(service, port, &mut candidates);
+            None
+        } else {
+            self.from_slices(service, port, &mut candidates)
+        };
+        Selected { endpoints: candidates.chosen(), app_protocol }
+    }
+
+    fn from_slices(
+        &self,
+        service: &Service,
+        port: &ServicePort,
+        candidates: &mut Candidates<'_>,
+    ) -> Option<Arc<str>> {
+        let mut app_protocol = None;
+        let keys = self.slices.get(&Key::from(&service.meta)).into_iter().flatten();
+        for slice in keys.filter_map(|key| candidates.store.slices.get(key)) {
+            let named = |entry: &&SlicePort| entry.name == port.name && entry.protocol == port.protocol;
+            let Some(entry) = slice.ports.iter().find(named) else { continue };
+            app_protocol = app_protocol.or_else(|| entry.app_protocol.clone());
+            for endpoint in &slice.endpoints {
+                candidates.add(Candidate {
+                    address: SocketAddr::new(endpoint.address, entry.port),
+                    ready: endpoint.ready,
+                    serving: endpoint.serving,
+                    terminating: endpoint.terminating,
+                    zone: endpoint.zone.as_ref(),
+                    node: endpoint.node.as_ref(),
+                });
+            }
+        }
+        app_protocol
+    }
+
+    fn from_pods(&self, service: &Service, port: &ServicePort, candidates: &mut Candidates<'_>) {
+        // The rarest label of the selector leaves the fewest Pods to look at.
+        let sets = labels_of(&service.meta.namespace, &service.selector).map(|label| self.pods.get(&label));
+        let Some(rarest) = sets.min_by_key(|set| set.map_or(0, BTreeSet::len)).flatten() else { return };
+        let store = candidates.store;
+        for pod in rarest.iter().filter_map(|key| store.pods.get(key)).filter(|pod| selects(service, pod)) {
+            let Some(number) = target_port(port, pod) else { continue };
+            // A Pod as written in a file has no phase and no conditions.
+            let running = matches!(&*pod.phase, "Running" | "");
+            let serving = running && pod.ready.unwrap_or(true);
+            for address in addresses(service, pod) {
+                candidates.add(Candidate {
+                    address: SocketAddr::new(address, number),
+                    ready: running && service.publish_not_ready || serving && !pod.terminating,
+                    serving,
+                    terminating: pod.terminating,
+                    zone: None,
+                    node: pod.node.as_ref(),
+                });
+            }
+        }
+    }
+}
+
+struct Candidate<'a> {
+    address: SocketAddr,
+    ready: bool,
+    serving: bool,
+    terminating: bool,
+    zone: Option<&'a Arc<str>>,
+    node: Option<&'a Arc<str>>,
+}
+
+/// kube-proxy's `CategorizeEndpoints`: ready endpoints; if there is none, those
+/// that still serve while they terminate.
+struct Candidates<'a> {
+    store: &'a Store,
+    ready: BTreeMap<SocketAddr, Option<Arc<str>>>,
+    serving: BTreeMap<SocketAddr, Option<Arc<str>>>,
+}
+
+impl Candidates<'_> {
+    fn add(&mut self, candidate: Candidate<'_>) {
+        let chosen = if candidate.ready {
+            &mut self.ready
+        } else if candidate.serving && candidate.terminating {
+            &mut self.serving
+        } else {
+            return;
+        };
+        let node = || self.store.nodes.get(&Key::new("", candidate.node?.clone()))?.zone.clone();
+        let zone = candidate.zone.cloned().or_else(node);
+        // An address in two slices is one endpoint; it keeps the first zone that is known.
+        let known = chosen.entry(candidate.address).or_default();
+        if known.is_none() {
+            *known = zone;
+        }
+    }
+
+    fn chosen(self) -> BTreeMap<SocketAddr, Option<Arc<str>>> {
+        if self.ready.is_empty() { self.serving } else { self.ready }
+    }
+}
+
+fn selects(service: &Service, pod: &Pod) -> bool {
+    !service.selector.is_empty()
+        && service.meta.namespace == pod.meta.namespace
+        && service.selector.iter().all(|(label, value)| pod.labels.get(label) == Some(value))
+}
+
+fn target_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
+    match &port.target {
+        TargetPort::Same => Some(port.port),
+        TargetPort::Number(number) => Some(*number),
+        TargetPort::Name(name) => {
+            let named = pod.ports.iter().find(|entry| entry.name == *name && entry.protocol == port.protocol);
+            named.map(|entry| entry.port)
+        }
+    }
+}
+
+/// Those of the Service's address families; of the Pod's first if the Service
+/// has no address of its own.
+fn addresses(service: &Service, pod: &Pod) -> impl Iterator<Item = IpAddr> {
+    let wanted = |family: bool| match service.addresses.is_empty() {
+        true => pod.addresses.first().is_some_and(|first| first.is_ipv4() == family),
+        false => service.addresses.iter().any(|address| address.is_ipv4() == family),
+    };
+    let (v4, v6) = (wanted(true), wanted(false));
+    pod.addresses.iter().copied().filter(move |address| if address.is_ipv4() { v4 } else { v6 })
+}
+
+#[cfg(test)]
+mod tests;

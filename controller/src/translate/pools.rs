@@ -1,0 +1,214 @@
+//! Services to pools for the proxy, and to entries for the service plane.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use lockgate_ebpf::ServiceTable;
+use lockgate_ebpf::table as ebpf;
+use lockgate_proxy::table::{Balance, Endpoint, HostPattern, Pool, PoolKey, UpstreamProtocol};
+
+use super::endpoints::{Index, Selected, toggle};
+use super::host::PoolId;
+use super::plan::Age;
+use super::{Desired, put, set_status};
+use crate::objects::{Kind, Notice, PortRef, Protocol, Service, ServicePort};
+use crate::store::{Key, Store};
+
+type Wish = Option<(Age, Balance)>;
+
+/// Which pools are wanted, and which table entries each Service has.
+#[derive(Default)]
+pub(super) struct Pools {
+    /// By Service.
+    wanted: HashMap<Key, BTreeMap<PoolId, Users>>,
+    made: HashMap<Key, BTreeSet<PoolKey>>,
+    /// Entries of each Service.
+    entries: HashMap<Key, BTreeMap<ebpf::ServiceKey, Arc<ebpf::Service>>>,
+    /// Two Services may claim one address by mistake; the first by name has it.
+    claims: HashMap<ebpf::ServiceKey, BTreeSet<Key>>,
+    unsettled: BTreeSet<ebpf::ServiceKey>,
+}
+
+/// The hosts whose rules name a pool.
+#[derive(Default)]
+struct Users {
+    hosts: BTreeSet<HostPattern>,
+    /// What their Ingresses say about balancing; the oldest wins.
+    wishes: BTreeMap<(Age, HostPattern), Balance>,
+}
+
+impl Pools {
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.wanted.is_empty() && self.made.is_empty() && self.entries.is_empty() && self.claims.is_empty()
+    }
+
+    /// Host `host` now names `new` instead of `old`. Adds to `services` those
+    /// whose pools have to be made again.
+    pub(super) fn replace(
+        &mut self,
+        host: &HostPattern,
+        old: &BTreeMap<PoolId, Wish>,
+        new: &BTreeMap<PoolId, Wish>,
+        services: &mut BTreeSet<Key>,
+    ) {
+        for (id, wish) in old.iter().filter(|(id, wish)| new.get(id) != Some(wish)) {
+            services.insert(id.service.clone());
+            let Some(pools) = self.wanted.get_mut(&id.service) else { continue };
+            let Some(users) = pools.get_mut(id) else { continue };
+            users.hosts.remove(host);
+            if let Some((age, _)) = wish {
+                users.wishes.remove(&(age.clone(), host.clone()));
+            }
+            if users.hosts.is_empty() {
+                pools.remove(id);
+            }
+            if pools.is_empty() {
+                self.wanted.remove(&id.service);
+            }
+        }
+        for (id, wish) in new.iter().filter(|(id, wish)| old.get(id) != Some(wish)) {
+            services.insert(id.service.clone());
+            let users = self.wanted.entry(id.service.clone()).or_default().entry(id.clone()).or_default();
+            users.hosts.insert(host.clone());
+            if let Some((age, balance)) = wish {
+                users.wishes.insert((age.clone(), host.clone()), *balance);
+            }
+        }
+    }
+
+    /// Makes the pools, table entries and status of one Service.
+    pub(super) fn make(&mut self, key: &Key, store: &Store, index: &Index, desired: &mut Desired) {
+        let service = store.services.get(key).map(|service| &**service);
+        let selected: Vec<Selected> = service
+            .map(|service| service.ports.iter().map(|port| index.select(store, service, port)).collect())
+            .unwrap_or_default();
+        let ports = || service.into_iter().flat_map(|service| &service.ports).zip(&selected);
+
+        let mut made = BTreeSet::new();
+        let mut without = BTreeSet::new();
+        for (id, users) in self.wanted.get(key).into_iter().flatten() {
+            let named = |(port, _): &(&ServicePort, &Selected)| is_port(port, &id.port);
+            let Some((port, selected)) = ports().find(named) else { continue };
+            if !service.is_some_and(is_served) {
+                continue;
+            }
+            if selected.endpoints.is_empty() {
+                without.insert(port.port);
+            }
+            let balance = users.wishes.values().next().copied().unwrap_or_default();
+            put(&mut desired.routes.pools, id.key(), pool(id, port, selected, balance));
+            made.insert(id.key());
+        }
+        let before = self.made.remove(key).unwrap_or_default();
+        for gone in before.difference(&made) {
+            desired.routes.pools.remove(gone);
+        }
+        if !made.is_empty() {
+            self.made.insert(key.clone(), made);
+        }
+        self.make_entries(key, service, &selected);
+        let notices = service.map(|service| empty_ports(service, index, &without)).unwrap_or_default();
+        set_status(desired, key.reference(Kind::Service), notices, false);
+    }
+
+    fn make_entries(&mut self, key: &Key, service: Option<&Service>, selected: &[Selected]) {
+        let mut entries = BTreeMap::new();
+        let addresses = service.map(|service| service.addresses.as_slice()).unwrap_or_default();
+        let ports = || service.into_iter().flat_map(|service| &service.ports).zip(selected);
+        for address in addresses {
+            for (port, selected) in ports() {
+                let family = selected.endpoints.keys().filter(|end| end.is_ipv4() == address.is_ipv4());
+                let service = ebpf::Service {
+                    name: format!("{key}:{}", port.port).into(),
+                    endpoints: family.copied().collect(),
+                };
+                let protocol = protocol(port.protocol);
+                let entry = ebpf::ServiceKey { address: *address, port: port.port, protocol };
+                entries.entry(entry).or_insert_with(|| Arc::new(service));
+            }
+        }
+        let before = self.entries.remove(key).unwrap_or_default();
+        for entry in before.keys() {
+            toggle(&mut self.claims, *entry, key.clone(), false);
+        }
+        for entry in entries.keys() {
+            toggle(&mut self.claims, *entry, key.clone(), true);
+        }
+        self.unsettled.extend(before.keys().chain(entries.keys()));
+        if !entries.is_empty() {
+            self.entries.insert(key.clone(), entries);
+        }
+    }
+
+    /// Writes what [`Pools::make`] changed into the table.
+    pub(super) fn settle(&mut self, table: &mut ServiceTable) {
+        for entry in std::mem::take(&mut self.unsettled) {
+            let owner = self.claims.get(&entry).and_then(BTreeSet::first);
+            let service = owner.and_then(|owner| self.entries.get(owner)?.get(&entry));
+            match service {
+                None => drop(table.services.remove(&entry)),
+                Some(service) if table.services.get(&entry) == Some(service) => {}
+                Some(service) => drop(table.services.insert(entry, service.clone())),
+            }
+        }
+    }
+}
+
+/// Whether the proxy forwards to it at all.
+fn is_served(service: &Service) -> bool {
+    service.kind == crate::objects::ServiceKind::Endpoints
+}
+
+/// Whether `port` is the TCP port that `written` names.
+pub(super) fn is_port(port: &ServicePort, written: &PortRef) -> bool {
+    port.protocol == Protocol::Tcp
+        && match written {
+            PortRef::Number(number) => i32::from(port.port) == *number,
+            PortRef::Name(name) => port.name == *name,
+        }
+}
+
+fn pool(id: &PoolId, port: &ServicePort, selected: &Selected, balance: Balance) -> Pool {
+    let spoken = port.app_protocol.as_ref().or(selected.app_protocol.as_ref());
+    let endpoint = |(address, zone): (&_, &Option<Arc<str>>)| Endpoint {
+        address: *address,
+        weight: 1,
+        zone: zone.clone(),
+    };
+    Pool {
+        protocol: id.protocol.unwrap_or_else(|| upstream_protocol(spoken.map(|text| &**text))),
+        balance,
+        endpoints: selected.endpoints.iter().map(endpoint).collect(),
+    }
+}
+
+/// KEP-3726 and the names of IANA.
+fn upstream_protocol(app_protocol: Option<&str>) -> UpstreamProtocol {
+    match app_protocol.map(str::to_ascii_lowercase).as_deref() {
+        Some("kubernetes.io/h2c" | "grpc") => UpstreamProtocol::H2c,
+        Some("https" | "kubernetes.io/wss") => UpstreamProtocol::Https,
+        _ => UpstreamProtocol::Http1,
+    }
+}
+
+fn protocol(protocol: Protocol) -> ebpf::Protocol {
+    match protocol {
+        Protocol::Tcp => ebpf::Protocol::Tcp,
+        Protocol::Udp => ebpf::Protocol::Udp,
+        Protocol::Sctp => ebpf::Protocol::Sctp,
+    }
+}
+
+fn empty_ports(service: &Service, index: &Index, ports: &BTreeSet<u16>) -> Vec<Notice> {
+    let remedy = match index.uses_pods(service) {
+        true => "start Pods that its selector matches, or add an EndpointSlice",
+        false => "add ready endpoints to its EndpointSlices",
+    };
+    let field = if index.uses_pods(service) { ".spec.selector" } else { "" };
+    let notice = |port: &u16| {
+        let message = format!("port {port} has no ready endpoint: it takes no request");
+        Notice::warning(field, message, remedy)
+    };
+    ports.iter().map(notice).collect()
+}
