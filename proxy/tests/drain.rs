@@ -8,7 +8,7 @@ mod toy;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,9 +26,9 @@ fn drain(proxy: Proxy) -> JoinHandle<bool> {
 }
 
 /// An endpoint that tells of each request to `/slow` and answers it when let; others at once.
-fn gated() -> (SocketAddr, Receiver<()>, Sender<()>) {
-    let (arrived, arrivals) = channel();
-    let (let_go, gate) = channel::<()>();
+fn gated() -> (SocketAddr, Receiver<()>, SyncSender<()>) {
+    let (arrived, arrivals) = sync_channel(1);
+    let (let_go, gate) = sync_channel::<()>(1);
     let gate = Mutex::new(gate);
     let address = endpoint(move |mut stream| {
         loop {

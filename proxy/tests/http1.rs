@@ -7,7 +7,7 @@ mod toy;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::sync_channel;
 
 use lockgate_proxy::table::{Action, Host, HostPattern, PathMatch, Sticky, UpstreamProtocol};
 use toy::{
@@ -392,7 +392,7 @@ fn an_early_answer_and_a_close_reach_a_client_that_is_still_sending() {
 
 #[test]
 fn a_half_closed_client_gets_its_answer() {
-    let (closed, is_closed) = channel::<()>();
+    let (closed, is_closed) = sync_channel::<()>(1);
     let is_closed = std::sync::Mutex::new(is_closed);
     let upstream = endpoint(move |mut stream| {
         loop {

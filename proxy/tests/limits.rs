@@ -442,7 +442,7 @@ fn when_all_are_ejected_they_are_tried_all_the_same() {
 
 #[test]
 fn a_client_that_breaks_off_its_body_is_not_the_endpoints_fault() {
-    let (gone, told) = std::sync::mpsc::channel();
+    let (gone, told) = std::sync::mpsc::sync_channel(1);
     let upstream = endpoint(move |mut stream| {
         read_head(&mut stream);
         let mut body = Vec::new();
