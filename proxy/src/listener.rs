@@ -175,7 +175,13 @@ async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, 
 }
 
 /// A plaintext connection: HTTP/2 if it begins with the preface, else HTTP/1.
-async fn plaintext(worker: Rc<Worker>, tcp: TcpStream, client: Client, presence: Presence, mut counted: Counted) {
+async fn plaintext(
+    worker: Rc<Worker>,
+    tcp: TcpStream,
+    client: Client,
+    presence: Presence,
+    mut counted: Counted,
+) {
     let mut conn = Conn::Plain(tcp);
     let mut input = Buffer::new();
     let mut timer = Timer::new(Instant::now() + worker.config.timeouts.keep_alive);

@@ -125,6 +125,7 @@ pub(crate) async fn serve(worker: Rc<Worker>, conn: Conn, client: Client, mut pr
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "lives for a moment on the stack; a box would be an allocation per request")]
 enum Event {
     Request((http::Request<h2::RecvStream>, h2::server::SendResponse<Bytes>)),
     Drain,

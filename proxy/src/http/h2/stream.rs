@@ -213,7 +213,12 @@ impl Stream<'_> {
         ended.map_err(|_| Failure::Client)
     }
 
-    async fn over_http1(&mut self, order: &Order<'_>, source: &mut FromStream, head: &Output) -> Result<(), Failure> {
+    async fn over_http1(
+        &mut self,
+        order: &Order<'_>,
+        source: &mut FromStream,
+        head: &Output,
+    ) -> Result<(), Failure> {
         let mut answer = Buffer::new();
         let Stream { timer, record, respond, .. } = self;
         let mut watched = Watched { source, answer: Answer::Due(respond) };
@@ -230,7 +235,14 @@ impl Stream<'_> {
         Ok(())
     }
 
-    fn give_back(&self, order: &Order<'_>, source: &FromStream, upstream: &Rc<Upstream>, peer: Peer, reusable: bool) {
+    fn give_back(
+        &self,
+        order: &Order<'_>,
+        source: &FromStream,
+        upstream: &Rc<Upstream>,
+        peer: Peer,
+        reusable: bool,
+    ) {
         if reusable && source.is_done() {
             order.worker.upstreams.keep(upstream, peer, clock::now_ms());
         }
@@ -355,7 +367,11 @@ fn grpc_answer(status: u16) -> Response<()> {
 }
 
 /// Moves the request body while the response waits for the client.
-fn upload_meanwhile(cx: &mut Context<'_>, source: &mut FromStream, peer: &mut Peer) -> Poll<Result<(), UploadError>> {
+fn upload_meanwhile(
+    cx: &mut Context<'_>,
+    source: &mut FromStream,
+    peer: &mut Peer,
+) -> Poll<Result<(), UploadError>> {
     if !source.is_active() {
         return Poll::Pending;
     }
