@@ -59,7 +59,14 @@ async fn every_way_to_every_endpoint() {
             let url = |path: &str| format!("{scheme}://{HOST}{path}");
             let facts = curl(
                 &proxy,
-                &[option, &url("/bytes/10"), "-o", "/dev/null", "-w", "%{http_code} %{size_download} %{http_version}"],
+                &[
+                    option,
+                    &url("/bytes/10"),
+                    "-o",
+                    "/dev/null",
+                    "-w",
+                    "%{http_code} %{size_download} %{http_version}",
+                ],
             );
             // What the proxy speaks to an HTTP/1.0 client is HTTP/1.1 by its status line.
             let version = if version == "1.0" { "1.1" } else { version };

@@ -48,9 +48,11 @@ impl tonic::server::UnaryService<String> for Unary {
             let sent = request.metadata().get("x-ask").map_or("", |v| v.to_str().unwrap()).to_owned();
             let binary = request.metadata().get_bin("x-raw-bin").map(|v| v.to_bytes().unwrap().to_vec());
             match request.into_inner().as_str() {
-                "fail" => {
-                    Err(Status::with_metadata(Code::FailedPrecondition, "not now, später", metadata("failed")))
-                }
+                "fail" => Err(Status::with_metadata(
+                    Code::FailedPrecondition,
+                    "not now, später",
+                    metadata("failed"),
+                )),
                 "panic" => Err(Status::unavailable("gone")),
                 name => {
                     let text = format!("hello {name} {sent} {binary:?}");
@@ -241,7 +243,8 @@ async fn ping_and_pong_in_turn() {
         let mut setup = setup(speaks).await;
         let (ping, pings) = tokio::sync::mpsc::channel(1);
         let pings = stream::unfold(pings, |mut pings| async move { Some((pings.recv().await?, pings)) });
-        let response = soon(setup.client.streaming(Request::new(pings), path("Pong"), codec())).await.unwrap();
+        let response =
+            soon(setup.client.streaming(Request::new(pings), path("Pong"), codec())).await.unwrap();
         let mut pongs: Streaming<String> = response.into_inner();
         for n in 0..200 {
             ping.send(n.to_string()).await.unwrap();

@@ -56,7 +56,8 @@ async fn an_endpoint_that_never_shakes_hands_is_left_for_the_next() {
         let (proxy, _publisher) = toy::start(config, toy::table(&endpoints, speaks));
         for comes in [Comes::Http1, Comes::H2c] {
             let mut client = Client::connect(&proxy, comes).await;
-            for (method, body) in [(Method::GET, empty()), (Method::POST, full("a")), (Method::GET, empty())] {
+            for (method, body) in [(Method::GET, empty()), (Method::POST, full("a")), (Method::GET, empty())]
+            {
                 assert_eq!(client.ask(method, "/bytes/1", body).await.status, StatusCode::OK);
             }
         }

@@ -122,7 +122,8 @@ async fn a_tunnel_outlives_its_route() {
         echo(socket, Message::text("still here")).await;
     }
     // New conversations find nobody.
-    let refused = tokio_tungstenite::client_async(format!("ws://{HOST}/chat"), tcp(proxy.http_addrs()[0]).await);
+    let refused =
+        tokio_tungstenite::client_async(format!("ws://{HOST}/chat"), tcp(proxy.http_addrs()[0]).await);
     let Err(Error::Http(response)) = soon(refused).await else { panic!("not refused") };
     assert_eq!(response.status(), 404);
     publisher.publish(table);

@@ -227,7 +227,7 @@ fn poll_answer<S: Source>(
 fn broken(error: &h2::Error, lease: &Lease, body: Body) -> Broken {
     // RFC 9113 section 8.7: a refused stream was not processed; a GOAWAY ends only streams above its last.
     let refused = error.is_reset() && error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM);
-    let processed = !refused && !(error.is_go_away() && error.is_remote());
+    let processed = !(refused || error.is_go_away() && error.is_remote());
     let stale = lease.reused && (error.is_io() || error.is_go_away());
     Broken { failure: Failure::Endpoint("endpoint broke the stream"), processed, stale, body }
 }
@@ -251,7 +251,11 @@ impl Body {
     }
 
     /// What was kept, then what the client sends.
-    fn poll_next<S: Source>(&mut self, cx: &mut Context<'_>, source: &mut S) -> Poll<Result<Piece, UploadError>> {
+    fn poll_next<S: Source>(
+        &mut self,
+        cx: &mut Context<'_>,
+        source: &mut S,
+    ) -> Poll<Result<Piece, UploadError>> {
         if let Some(piece) = self.kept.get(self.next) {
             self.next += 1;
             return Poll::Ready(Ok(Piece::Data(piece.clone())));
@@ -338,7 +342,11 @@ impl Upload {
 
 /// How many of `wanted` bytes the peer's window and our own buffer have room
 /// for, at least one. `None`: the stream takes no more.
-pub(crate) fn poll_room(cx: &mut Context<'_>, stream: &mut SendStream<Bytes>, wanted: usize) -> Poll<Option<usize>> {
+pub(crate) fn poll_room(
+    cx: &mut Context<'_>,
+    stream: &mut SendStream<Bytes>,
+    wanted: usize,
+) -> Poll<Option<usize>> {
     stream.reserve_capacity(wanted);
     loop {
         match stream.capacity().min(wanted) {

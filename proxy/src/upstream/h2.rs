@@ -124,7 +124,8 @@ impl Shared {
 
     /// Lets go of connections that ended, or had no stream for `idle_ms`.
     pub(super) fn sweep(&self, now_ms: u64, idle_ms: u64) {
-        let is_fresh = |c: &Connection| c.streams.get() > 0 || now_ms.saturating_sub(c.idle_since.get()) < idle_ms;
+        let is_fresh =
+            |c: &Connection| c.streams.get() > 0 || now_ms.saturating_sub(c.idle_since.get()) < idle_ms;
         self.connections.borrow_mut().retain(|c| c.is_open() && is_fresh(c));
     }
 }

@@ -3,8 +3,8 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::{Arc, LazyLock};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,6 +18,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use lockgate_proxy::table::{HostPattern, RoutingTable, UpstreamProtocol};
 use lockgate_proxy::{Certificate, Proxy, tls};
 use rustls_pki_types::{PrivateKeyDer, ServerName};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -99,6 +100,7 @@ where
     R: Future<Output = Response<Body>> + Send + 'static,
 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    small_buffers(SockRef::from(&listener));
     let address = listener.local_addr().unwrap();
     let (tls, http2) = match speaks {
         UpstreamProtocol::Http1 => (false, false),
@@ -137,9 +139,11 @@ where
     });
     // How a connection ends is not the business of an endpoint.
     let _ = match http2 {
-        true => hyper::server::conn::http2::Builder::new(TokioExecutor::new())
-            .serve_connection(TokioIo::new(io), service)
-            .await,
+        true => {
+            hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                .serve_connection(TokioIo::new(io), service)
+                .await
+        }
         false => hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(io), service).await,
     };
 }
@@ -244,7 +248,10 @@ impl Client {
         Client::Http1(send)
     }
 
-    pub async fn http2(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, scheme: &'static str) -> Client {
+    pub async fn http2(
+        io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        scheme: &'static str,
+    ) -> Client {
         let (send, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
             .handshake(TokioIo::new(io))
             .await
@@ -315,11 +322,22 @@ impl Answer {
 pub async fn tcp(address: SocketAddr) -> TcpStream {
     let tcp = TcpStream::connect(address).await.unwrap();
     tcp.set_nodelay(true).unwrap();
+    small_buffers(SockRef::from(&tcp));
     tcp
 }
 
+/// Left to itself the kernel holds up to 32 MiB per socket, and hides what the proxy holds.
+fn small_buffers(socket: SockRef<'_>) {
+    socket.set_recv_buffer_size(128 << 10).unwrap();
+    socket.set_send_buffer_size(128 << 10).unwrap();
+}
+
 /// A TLS connection to the proxy that speaks HTTP/2 or HTTP/1.1.
-pub async fn tls(proxy: &Proxy, name: &'static str, http2: bool) -> tokio_rustls::client::TlsStream<TcpStream> {
+pub async fn tls(
+    proxy: &Proxy,
+    name: &'static str,
+    http2: bool,
+) -> tokio_rustls::client::TlsStream<TcpStream> {
     let connector = TlsConnector::from(tls::client_config(http2));
     let name = ServerName::try_from(name).unwrap();
     let tls = connector.connect(name, tcp(proxy.https_addrs()[0]).await).await.unwrap();

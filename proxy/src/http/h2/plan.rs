@@ -78,7 +78,8 @@ pub(super) fn plan<'r>(
                         headers.remove(name);
                     }
                     map::add_forwarded(headers, client, &forwarded, &plan.authority, &plan.id);
-                    plan.request = Some(with_authority(upstream, map::scheme(pool.protocol), &plan.authority)?);
+                    plan.request =
+                        Some(with_authority(upstream, map::scheme(pool.protocol), &plan.authority)?);
                 }
             }
         }
@@ -158,8 +159,9 @@ pub(super) fn framing(request: &Request<()>, body: &RecvStream) -> Framing {
         (Some(n), _) => Framing::Length(n),
         (None, false) => Framing::Chunked,
         // Without it some servers answer 411 (RFC 9110 section 8.6).
-        (None, true) if matches!(*request.method(), Method::POST | Method::PUT | Method::PATCH) => Framing::Length(0),
+        (None, true) if matches!(*request.method(), Method::POST | Method::PUT | Method::PATCH) => {
+            Framing::Length(0)
+        }
         (None, true) => Framing::None,
     }
 }
-

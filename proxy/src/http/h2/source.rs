@@ -97,7 +97,11 @@ impl FromStream {
     }
 
     /// Moves the body to an HTTP/1 endpoint. `Ready(Ok)`: some moved, or it is done.
-    pub(super) fn poll_upload(&mut self, cx: &mut Context<'_>, endpoint: &mut Conn) -> Poll<Result<(), UploadError>> {
+    pub(super) fn poll_upload(
+        &mut self,
+        cx: &mut Context<'_>,
+        endpoint: &mut Conn,
+    ) -> Poll<Result<(), UploadError>> {
         let mut moved = false;
         loop {
             while self.unwritten() > 0 {

@@ -367,7 +367,11 @@ fn grpc_answer(status: u16) -> Response<()> {
 }
 
 /// Moves the request body while the response waits for the client.
-fn upload_meanwhile(cx: &mut Context<'_>, source: &mut FromStream, peer: &mut Peer) -> Poll<Result<(), UploadError>> {
+fn upload_meanwhile(
+    cx: &mut Context<'_>,
+    source: &mut FromStream,
+    peer: &mut Peer,
+) -> Poll<Result<(), UploadError>> {
     if !source.is_active() {
         return Poll::Pending;
     }
