@@ -148,7 +148,7 @@ pub(crate) fn all_notices(
 /// Files that are checked before they are applied have no Pods, so a Service
 /// without endpoints is nothing unusual among them.
 fn among_files(object: &ObjectRef, notice: Notice) -> Notice {
-    let of_endpoints = object.kind == Kind::Service && notice.field == ".spec.selector";
+    let of_endpoints = object.kind == Kind::Service && notice.message.contains("no ready endpoint");
     if of_endpoints && notice.level == Level::Warning {
         return Notice { level: Level::Info, remedy: String::new(), ..notice };
     }

@@ -44,11 +44,12 @@ pub async fn run(args: &IngressArgs) -> anyhow::Result<()> {
 
     let following = follow(&mut folder, &mut translation, &mut publishing);
     tokio::pin!(following);
-    tokio::select! {
-        () = &mut following => {}
-        signal = stop.signal() => info!("{signal}: draining; a second signal ends at once"),
-    }
+    let signal = tokio::select! {
+        () = &mut following => "the folder is no longer followed",
+        signal = stop.signal() => signal,
+    };
     state.draining();
+    info!("{signal}: draining; a second signal ends at once");
     let drained = proxy.drain();
     tokio::pin!(drained);
     // Endpoints come and go during the grace period as at any other time.

@@ -5,6 +5,8 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -165,7 +167,7 @@ fn explain_answers_from_files() {
 /// A running `lockgate ingress`; killed when dropped.
 struct Running {
     child: Child,
-    log: BufReader<std::process::ChildStderr>,
+    log: Receiver<String>,
     http: SocketAddr,
     admin: SocketAddr,
 }
@@ -182,12 +184,13 @@ impl Running {
             .stderr(Stdio::piped())
             .spawn()
             .expect("runs");
-        let mut running = Running {
-            log: BufReader::new(child.stderr.take().expect("piped")),
-            child,
-            http: ([0, 0, 0, 0], 0).into(),
-            admin: ([0, 0, 0, 0], 0).into(),
-        };
+        let stderr = BufReader::new(child.stderr.take().expect("piped"));
+        let (lines, log) = sync_channel(1024);
+        std::thread::spawn(move || {
+            stderr.lines().map_while(Result::ok).try_for_each(|line| lines.send(line))
+        });
+        let mut running =
+            Running { log, child, http: ([0, 0, 0, 0], 0).into(), admin: ([0, 0, 0, 0], 0).into() };
         let address =
             |line: String| line.split_whitespace().nth(1).and_then(|a| a.parse().ok()).expect("an address");
         running.http = address(running.wait_for("  http "));
@@ -198,15 +201,15 @@ impl Running {
 
     /// The first line of the log from here on that contains `part`.
     fn wait_for(&mut self, part: &str) -> String {
-        let mut seen = String::new();
+        let mut seen = Vec::new();
         loop {
-            let mut line = String::new();
-            let read = self.log.read_line(&mut line).expect("reads");
-            assert!(read > 0, "{part:?} never came after\n{seen}");
+            let Ok(line) = self.log.recv_timeout(Duration::from_secs(30)) else {
+                panic!("{part:?} never came after {seen:#?}");
+            };
             if line.contains(part) {
                 return line;
             }
-            seen.push_str(&line);
+            seen.push(line);
         }
     }
 
@@ -226,6 +229,7 @@ impl Drop for Running {
 /// Status and body.
 fn get(address: SocketAddr, host: &str, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).expect("connects");
+    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("writes");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("reads");
@@ -277,7 +281,7 @@ fn ingress_serves_follows_explains_and_drains() {
 
     // A broken edit is reported with its place and changes nothing.
     fs::write(dir.path().join("shop.yaml"), "a: [1\nb").expect("writes");
-    lockgate.wait_for("shop.yaml:2:");
+    lockgate.wait_for("shop.yaml:3:1: did not find");
     assert_eq!(get(lockgate.http, "a.example", "/"), (200, "two".to_owned()));
 
     let (status, table) = get(lockgate.admin, "admin", "/debug/routes?host=a.example");
