@@ -145,6 +145,16 @@ pub(crate) fn all_notices(
     all
 }
 
+/// Files that are checked before they are applied have no Pods, so a Service
+/// without endpoints is nothing unusual among them.
+fn among_files(object: &ObjectRef, notice: Notice) -> Notice {
+    let of_endpoints = object.kind == Kind::Service && notice.message.contains("no ready endpoint");
+    if of_endpoints && notice.level == Level::Warning {
+        return Notice { level: Level::Info, remedy: String::new(), ..notice };
+    }
+    notice
+}
+
 fn verdict(reference: &ObjectRef, notices: &[Notice]) -> Verdict {
     match notices.iter().map(|notice| notice.level).min() {
         Some(Level::Error) => Verdict::Refused,
@@ -160,7 +170,8 @@ impl Report {
         let desired = translate(&snapshot.store, &args.options());
         let objects: Vec<Entry> = all_notices(&snapshot, &desired.statuses)
             .into_iter()
-            .map(|(object, notices)| Entry {
+            .map(|(object, notices)| (notices.into_iter().map(|n| among_files(&object, n)).collect(), object))
+            .map(|(notices, object): (Vec<Notice>, _)| Entry {
                 file: contents.file_of(&object).map(Path::to_owned),
                 verdict: verdict(&object, &notices),
                 notices,

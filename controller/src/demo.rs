@@ -190,7 +190,7 @@ impl Stage {
         if !wrong.is_empty() {
             bail!("not as it should be: {}", wrong.join(", "));
         }
-        say("Every request was answered, every split is exact.\n");
+        say("Every request was answered, and every split is exact to within one request per worker.\n");
         Ok(())
     }
 

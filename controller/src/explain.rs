@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use lockgate_proxy::table::{Action, Host, HostPattern, PathMatch, Rule, RuleLimits, Split, When};
 
@@ -95,7 +96,13 @@ pub(crate) fn explain(text: &mut Text, router: &Router, question: &Question) -> 
         answer.certificate();
     }
     let Some(host) = answer.host() else { return false };
-    let path = normalise(&question.path);
+    let path = match normalise(&question.path) {
+        Ok(path) => path,
+        Err(reason) => {
+            answer.step("path", Tone::Bad, &format!("400: {reason}"));
+            return false;
+        }
+    };
     let Some(rule) = answer.path(&host, &path) else { return false };
     if rule.https_redirect && !question.https {
         if !path.starts_with(ACME) {
@@ -135,14 +142,19 @@ impl Answer<'_> {
         let table = self.router.table();
         match routes::certificate_pattern(table, &self.question.host) {
             Some(pattern) => {
-                let certificates =
-                    table.certificates.get(&pattern).map_or(0, |certificates| certificates.len());
                 let name = quoted(&routes::host_text(&pattern));
-                self.step(
-                    "certificate",
-                    Tone::Good,
-                    &format!("{} for {name}", count(certificates, "certificate")),
-                );
+                let certificates = table.certificates.get(&pattern).cloned().unwrap_or_default();
+                for certificate in certificates.iter() {
+                    let (tone, until) = validity(certificate.not_after());
+                    let what = format!("{:?} for {name}, {until}", certificate.algorithm());
+                    self.step("certificate", tone, &what);
+                    if !certificate.covers(&self.question.host) {
+                        let names: Vec<&str> = certificate.names().iter().map(|name| &**name).collect();
+                        let what =
+                            format!("clients refuse it: it is made out to {}", printable(&names.join(", ")));
+                        self.more(Tone::Bad, &what);
+                    }
+                }
             }
             None if table.default_certificate.is_some() => {
                 self.step(
@@ -349,6 +361,16 @@ impl Answer<'_> {
     }
 }
 
+/// `not_after` in seconds since 1970.
+fn validity(not_after: i64) -> (Tone, String) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64);
+    match (not_after - now) / 86_400 {
+        _ if not_after <= now => (Tone::Bad, "expired: clients refuse it".to_owned()),
+        days @ ..14 => (Tone::Warning, format!("expires in {}", count(days as usize, "day"))),
+        days => (Tone::Good, format!("valid for {}", count(days as usize, "day"))),
+    }
+}
+
 fn quoted(name: &str) -> String {
     if name == "*" { "any host".to_owned() } else { printable(name) }
 }
@@ -408,8 +430,17 @@ fn ask(when: &When, question: &Question) -> Says {
     }
 }
 
-/// As the proxy sees a path: percent-decoded, dot segments resolved, slashes merged.
-fn normalise(path: &str) -> String {
+/// As the proxy sees a path: percent-decoded, dot segments resolved, slashes
+/// merged; or why it answers 400.
+fn normalise(path: &str) -> Result<String, &'static str> {
+    let escapes = path.split('%').skip(1);
+    for escape in escapes {
+        match escape.as_bytes() {
+            [b'0', b'0', ..] => return Err("NUL in the path"),
+            [high, low, ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => {}
+            _ => return Err("malformed percent-encoding"),
+        }
+    }
     let decoded = decode(path);
     let mut elements: Vec<&str> = Vec::new();
     let mut slash = true;
@@ -417,12 +448,12 @@ fn normalise(path: &str) -> String {
         slash = matches!(element, "" | "." | "..");
         match element {
             "" | "." => {}
-            ".." => drop(elements.pop()),
+            ".." => drop(elements.pop().ok_or("the path leads above the root")?),
             element => elements.push(element),
         }
     }
     let tail = if slash && !elements.is_empty() { "/" } else { "" };
-    format!("/{}{tail}", elements.join("/"))
+    Ok(format!("/{}{tail}", elements.join("/")))
 }
 
 pub(crate) fn decode(text: &str) -> String {

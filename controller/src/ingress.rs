@@ -2,10 +2,12 @@
 
 use std::fmt::Write;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use lockgate_proxy::RoutingTable;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::admin::{self, AdminState};
@@ -14,6 +16,9 @@ use crate::publish::{Publishing, Translation};
 use crate::source::{Folder, Snapshot};
 use crate::text::count;
 use lockgate_proxy::Proxy;
+
+/// After this long without a change there is time to tidy up.
+const QUIET: Duration = Duration::from_secs(10);
 
 /// Runs until a signal ends it; returns once everything is drained.
 ///
@@ -39,11 +44,12 @@ pub async fn run(args: &IngressArgs) -> anyhow::Result<()> {
 
     let following = follow(&mut folder, &mut translation, &mut publishing);
     tokio::pin!(following);
-    tokio::select! {
-        () = &mut following => {}
-        signal = stop.signal() => info!("{signal}: draining; a second signal ends at once"),
-    }
+    let signal = tokio::select! {
+        () = &mut following => "the folder is no longer followed",
+        signal = stop.signal() => signal,
+    };
     state.draining();
+    info!("{signal}: draining; a second signal ends at once");
     let drained = proxy.drain();
     tokio::pin!(drained);
     // Endpoints come and go during the grace period as at any other time.
@@ -64,7 +70,10 @@ pub async fn run(args: &IngressArgs) -> anyhow::Result<()> {
 
 async fn follow(folder: &mut Folder, translation: &mut Translation, publishing: &mut Publishing) {
     loop {
-        let snapshot = folder.changed().await;
+        let Ok(snapshot) = timeout(QUIET, folder.changed()).await else {
+            publishing.collect();
+            continue;
+        };
         translation.update(&snapshot);
         if publishing.publish(translation) {
             info!("generation {} is live", publishing.generation());

@@ -65,11 +65,7 @@ impl Translation {
     /// Takes up a snapshot and logs what is new about its objects and files.
     pub fn update(&mut self, snapshot: &Snapshot) -> &Desired {
         self.desired = self.translator.translate(&snapshot.store);
-        let mut lines = Lines::default();
-        lines.problems(&self.told.problems, &snapshot.problems);
-        lines.notices(&self.told.object_notices, &snapshot.object_notices);
-        lines.notices(&self.told.statuses, &self.desired.statuses);
-        lines.finish();
+        self.news(snapshot).finish();
         self.tallies.update(&self.told.statuses, &self.desired.statuses);
         self.told = Told {
             statuses: self.desired.statuses.clone(),
@@ -77,6 +73,14 @@ impl Translation {
             problems: snapshot.problems.clone(),
         };
         &self.desired
+    }
+
+    fn news(&self, snapshot: &Snapshot) -> Lines {
+        let mut lines = Lines::default();
+        lines.problems(&self.told.problems, &snapshot.problems);
+        lines.notices(&self.told.object_notices, &snapshot.object_notices);
+        lines.notices(&self.told.statuses, &self.desired.statuses);
+        lines
     }
 
     /// What should be live now.
@@ -176,7 +180,7 @@ fn expiries(table: &RoutingTable) -> Vec<CertificateExpiry> {
 /// The lines logged about one change.
 #[derive(Default)]
 struct Lines {
-    logged: usize,
+    lines: Vec<(Level, String)>,
     left_out: usize,
 }
 
@@ -215,21 +219,22 @@ impl Lines {
     }
 
     fn log(&mut self, level: Level, line: &dyn fmt::Display) {
-        if self.logged == LINES_MAX {
+        if self.lines.len() == LINES_MAX {
             self.left_out += 1;
-            return;
-        }
-        self.logged += 1;
-        // One line each, whatever a manifest has in its strings.
-        let line = printable(&line.to_string());
-        match level {
-            Level::Error => error!("{line}"),
-            Level::Warning => warn!("{line}"),
-            Level::Info => info!("{line}"),
+        } else {
+            // One line each, whatever a manifest has in its strings.
+            self.lines.push((level, printable(&line.to_string())));
         }
     }
 
     fn finish(self) {
+        for (level, line) in self.lines {
+            match level {
+                Level::Error => error!("{line}"),
+                Level::Warning => warn!("{line}"),
+                Level::Info => info!("{line}"),
+            }
+        }
         if self.left_out > 0 {
             warn!("{} more such lines are left out; `lockgate check DIR` shows everything", self.left_out);
         }

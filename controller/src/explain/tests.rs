@@ -3,6 +3,10 @@ use std::sync::Arc;
 use lockgate_proxy::RoutingTable;
 use lockgate_proxy::table::{Backend, Endpoint, Origin, Override, Pool, PoolKey, Sticky};
 
+use lockgate_proxy::balance::Turns;
+use lockgate_proxy::router::CompiledAction;
+use lockgate_proxy::view::RequestView;
+
 use super::*;
 
 fn split(backends: &[(&str, u32)]) -> Split {
@@ -146,6 +150,73 @@ fn conditions_decide_before_shares() {
         (&[], &["beta=always: no", "each user stays, by address", "95%  shop/web:80", "5%  shop/next:80"]),
     ] {
         assert!(assert_says(&table, "a.example", headers, expected));
+    }
+}
+
+/// A question is also a request as the router sees one.
+impl RequestView for Question {
+    fn header(&self, name: &str) -> Option<&[u8]> {
+        Question::header(self, name).map(str::as_bytes)
+    }
+
+    fn for_each_header<'a>(&'a self, name: &str, visit: &mut dyn FnMut(&'a [u8])) {
+        self.headers.iter().filter(|(n, _)| n == name).for_each(|(_, value)| visit(value.as_bytes()));
+    }
+
+    fn client(&self) -> std::net::IpAddr {
+        std::net::Ipv4Addr::LOCALHOST.into()
+    }
+}
+
+#[test]
+fn what_conditions_say_is_what_the_router_does() {
+    let seed = 3;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let values = ["always", "never", "yes", "qa-7", ""];
+    for round in 0..500 {
+        let mut division = split(&[("shop/web:80", 100), ("shop/next:80", 0)]);
+        let whens = [
+            When::Header("x-a".into()),
+            When::HeaderValue("x-a".into(), "yes".into()),
+            When::HeaderPattern("x-b".into(), "^qa-[0-9]$".into()),
+            When::Cookie("c".into()),
+        ];
+        for _ in 0..random.u8(0..4) {
+            let when = whens[random.usize(0..whens.len())].clone();
+            division.overrides.push(Override { backend: 1, when });
+        }
+        let mut headers = Vec::new();
+        for start in ["X-A: ", "X-B: ", "Cookie: c="] {
+            if random.bool() {
+                headers.push(format!("{start}{}", values[random.usize(0..values.len())]));
+            }
+        }
+        let question = Question::new("a.example", "GET", &headers).expect("valid");
+        let table = table(vec![("a.example", vec![rule(prefix("/"), Action::Forward(division.clone()))])]);
+        let router = Router::empty().compile(table, &Live::default());
+        let Found::Rule(found) = router.find("a.example", b"/") else { panic!("no rule") };
+        let CompiledAction::Forward(compiled) = &found.action else { panic!("no split") };
+        let chosen = compiled.choose(&router, &question, &Turns::for_worker(0)).backend;
+        let mut text = Text::new(false);
+        let said = Answer { text: &mut text, router: &router, question: &question }.overrides(&division);
+        // Without a condition that decides, the weights leave everything to the primary.
+        assert_eq!(said.unwrap_or(0), chosen, "round {round}, seed {seed}: {headers:?} {division:?}");
+    }
+}
+
+#[test]
+fn paths_are_seen_as_the_proxy_sees_them() {
+    for (path, expected) in [
+        ("/a//b/./c/../d", Ok("/a/b/d")),
+        ("/a/..", Ok("/")),
+        ("/a/b/..", Ok("/a/")),
+        ("/%61%2f", Ok("/a/")),
+        ("/..", Err("the path leads above the root")),
+        ("/%2", Err("malformed percent-encoding")),
+        ("/%zz", Err("malformed percent-encoding")),
+        ("/%00", Err("NUL in the path")),
+    ] {
+        assert_eq!(normalise(path).as_deref().map_err(|e| *e), expected, "{path}");
     }
 }
 
