@@ -19,6 +19,8 @@ enum Meaning {
     OfCanary,
     /// Restricts access and is not implemented: its routes are closed if the value enables it.
     Restricts(Enabled),
+    /// The same for every route of its hosts, also those of other Ingresses.
+    RestrictsHost(Enabled),
     /// Only tunes a restriction, which closes the routes by itself.
     Tunes,
     /// Changes answers, and is not implemented: served without it. The text is
@@ -42,7 +44,7 @@ enum Enabled {
 }
 
 use Enabled::{NotZero, Set, Snippet};
-use Meaning::{NoEffect, NotYet, NotYetOfCanary, OfCanary, Restricts, Served, Tunes};
+use Meaning::{NoEffect, NotYet, NotYetOfCanary, OfCanary, Restricts, RestrictsHost, Served, Tunes};
 
 const BUFFERS: &str = "bodies are streamed with bounded buffers";
 const NGINX_FILES: &str = "nothing is ever written to a file";
@@ -73,9 +75,9 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("auth-signin-redirect-param",               Tunes),
     ("auth-snippet",                             Restricts(Set)),
     ("auth-tls-error-page",                      Tunes),
-    ("auth-tls-match-cn",                        Restricts(Set)),
+    ("auth-tls-match-cn",                        RestrictsHost(Set)),
     ("auth-tls-pass-certificate-to-upstream",    Tunes),
-    ("auth-tls-secret",                          Restricts(Set)),
+    ("auth-tls-secret",                          RestrictsHost(Set)),
     ("auth-tls-verify-client",                   Tunes),
     ("auth-tls-verify-depth",                    Tunes),
     ("auth-type",                                Restricts(Set)),
@@ -168,7 +170,7 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("satisfy",                                  Tunes),
     ("secure-backends",                          NoEffect("ingress-nginx 0.21 removed it; use backend-protocol")),
     ("server-alias",                             NotYet("")),
-    ("server-snippet",                           Restricts(Snippet)),
+    ("server-snippet",                           RestrictsHost(Snippet)),
     ("service-upstream",                         NotYet("false")),
     ("session-cookie-change-on-failure",         NotYetOfCanary("false")),
     ("session-cookie-conditional-samesite-none", NotYetOfCanary("false")),
@@ -181,7 +183,7 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("session-cookie-samesite",                  NotYetOfCanary("")),
     ("session-cookie-secure",                    NotYetOfCanary("")),
     ("ssl-ciphers",                              NoEffect(MODERN_TLS)),
-    ("ssl-passthrough",                          Restricts(Set)),
+    ("ssl-passthrough",                          RestrictsHost(Set)),
     ("ssl-prefer-server-ciphers",                NoEffect(MODERN_TLS)),
     ("ssl-redirect",                             Served),
     ("stream-snippet",                           NotYet("")),
@@ -202,10 +204,18 @@ pub(super) fn field(key: &str) -> String {
     format!(".metadata.annotations[{key:?}]")
 }
 
+/// Why routes answer 503.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Closed {
+    pub(super) reason: Arc<str>,
+    /// Not only its own routes, but all of its hosts.
+    pub(super) whole_host: bool,
+}
+
 /// Reports every annotation that [`super::settings`] does not read. Returns
 /// why the routes are closed, if one of them restricts access.
-pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Notice>) -> Option<Arc<str>> {
-    let mut closed = None;
+pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Notice>) -> Option<Closed> {
+    let mut closed: Option<Closed> = None;
     for (key, value) in annotations {
         let Some(name) = key.strip_prefix(PREFIX) else {
             if key.starts_with("lockgate.io/") && &**key != STICKY {
@@ -223,15 +233,18 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
             continue;
         }
         notices.extend(notice(key, name, value, meaning));
-        if closed.is_none() && restricts(meaning, value) {
-            closed = Some(format!("annotation {name} restricts access and is not implemented yet").into());
+        let whole_host = matches!(meaning, RestrictsHost(_));
+        if restricts(meaning, value) && closed.as_ref().is_none_or(|closed| whole_host && !closed.whole_host)
+        {
+            let reason = format!("annotation {name} restricts access and is not implemented yet").into();
+            closed = Some(Closed { reason, whole_host });
         }
     }
     closed
 }
 
 fn restricts(meaning: &Meaning, value: &str) -> bool {
-    let Restricts(enabled) = meaning else { return false };
+    let (Restricts(enabled) | RestrictsHost(enabled)) = meaning else { return false };
     let value = value.trim();
     if value.is_empty() || value.eq_ignore_ascii_case("off") || value.eq_ignore_ascii_case("false") {
         return false;
@@ -246,19 +259,23 @@ fn restricts(meaning: &Meaning, value: &str) -> bool {
 fn notice(key: &str, name: &str, value: &str, meaning: &Meaning) -> Option<Notice> {
     let field = field(key);
     match meaning {
-        Restricts(_) if restricts(meaning, value) => Some(Notice::error(
-            field,
-            format!(
-                "{name} restricts access and is not implemented yet: the routes of this Ingress answer 503"
-            ),
-            "remove the annotation to serve the routes without this protection",
-        )),
-        Restricts(Snippet) if !value.trim().is_empty() => Some(not_yet(field, name)),
+        Restricts(_) | RestrictsHost(_) if restricts(meaning, value) => {
+            let routes = match meaning {
+                RestrictsHost(_) => "all routes of its hosts",
+                _ => "the routes of this Ingress",
+            };
+            Some(Notice::error(
+                field,
+                format!("{name} restricts access and is not implemented yet: {routes} answer 503"),
+                "remove the annotation to serve the routes without this protection",
+            ))
+        }
+        Restricts(Snippet) | RestrictsHost(Snippet) if !value.trim().is_empty() => Some(not_yet(field, name)),
         NotYet(default) | NotYetOfCanary(default) if !value.is_empty() && value != *default => {
             Some(not_yet(field, name))
         }
         NoEffect(why) => Some(Notice::info(field, format!("{name} has no effect: {why}"))),
-        Served | OfCanary | Tunes | Restricts(_) | NotYet(_) | NotYetOfCanary(_) => None,
+        Served | OfCanary | Tunes | Restricts(_) | RestrictsHost(_) | NotYet(_) | NotYetOfCanary(_) => None,
     }
 }
 

@@ -7,6 +7,7 @@ use lockgate_proxy::Certificate;
 use lockgate_proxy::table::HostPattern;
 
 use super::differing;
+use super::host::FIRST;
 use super::plan::{Plan, Tls};
 use crate::objects::{Notice, Secret};
 use crate::store::{Key, Store};
@@ -76,7 +77,7 @@ impl Certificates {
                 Some((winner, winning, other)) => {
                     if listed && *other != certificate {
                         let message = format!(
-                            "{} is served with Secret {} of Ingress {}, which is older",
+                            "{} is served with Secret {} of Ingress {}, which {FIRST}",
                             host.as_str(),
                             winning.secret,
                             winner.age.key

@@ -12,6 +12,9 @@ use super::plan::{Age, Path, Place, Plan, Target};
 use crate::objects::{Notice, PortRef};
 use crate::store::Key;
 
+/// Why another Ingress won.
+pub(super) const FIRST: &str = "comes first (by age, then by name)";
+
 /// One port of a Service as one rule wants it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct PoolId {
@@ -53,10 +56,21 @@ pub(super) struct Found {
 
 /// Merges `plans`, oldest first.
 pub(super) fn build(host: &HostPattern, plans: &[Arc<Plan>]) -> Outcome {
-    let mut builder =
-        Builder { host, rules: BTreeMap::new(), canaries: BTreeMap::new(), found: Found::default() };
     let (canaries, mainlines): (Vec<_>, Vec<_>) =
         plans.iter().partition(|plan| plan.settings.canary.is_some());
+    let closes = |plan: &&&Arc<Plan>| {
+        plan.closed.as_ref().is_some_and(|closed| closed.whole_host)
+            // A default backend beside rules protects the hosts of those rules only.
+            && (plan.hosts.contains_key(host) || plan.hosts.is_empty())
+    };
+    let closed_by = mainlines.iter().find(closes).copied();
+    let mut builder = Builder {
+        host,
+        closed_by,
+        rules: BTreeMap::new(),
+        canaries: BTreeMap::new(),
+        found: Found::default(),
+    };
     for plan in &mainlines {
         for path in plan.hosts.get(host).into_iter().flatten() {
             builder.add(plan, path);
@@ -67,6 +81,9 @@ pub(super) fn build(host: &HostPattern, plans: &[Arc<Plan>]) -> Outcome {
     }
     for plan in &canaries {
         builder.add_canary(plan);
+    }
+    for plan in &mainlines {
+        builder.report_closed(plan);
     }
     let known = !builder.rules.is_empty() || mainlines.iter().any(|plan| plan.hosts.contains_key(host));
     builder.finish(known)
@@ -81,6 +98,8 @@ struct Draft<'a> {
 
 struct Builder<'a> {
     host: &'a HostPattern,
+    /// An Ingress that restricts the whole host in a way that is not implemented.
+    closed_by: Option<&'a Arc<Plan>>,
     rules: BTreeMap<PathMatch, Draft<'a>>,
     /// Oldest first.
     canaries: BTreeMap<PathMatch, Vec<Draft<'a>>>,
@@ -90,6 +109,23 @@ struct Builder<'a> {
 impl<'a> Builder<'a> {
     fn notice(&mut self, plan: &Plan, notice: Notice) {
         self.found.notices.entry(plan.age.key.clone()).or_default().push(notice);
+    }
+
+    /// Why the routes of `plan` answer 503.
+    fn closed(&self, plan: &Plan) -> Option<Arc<str>> {
+        let closed = plan.closed.as_ref().or_else(|| self.closed_by?.closed.as_ref());
+        closed.map(|closed| closed.reason.clone())
+    }
+
+    /// To the Ingresses that are closed by another.
+    fn report_closed(&mut self, plan: &Plan) {
+        let Some(closing) = self.closed_by.filter(|closing| closing.age != plan.age) else { return };
+        let message = format!(
+            "every route of {} answers 503: Ingress {} restricts access to the host in a way that is not implemented yet",
+            self.shown(),
+            closing.age.key
+        );
+        self.notice(plan, Notice::error(".spec.rules", message, "see the other Ingress"));
     }
 
     fn add(&mut self, plan: &'a Arc<Plan>, path: &'a Path) {
@@ -106,7 +142,7 @@ impl<'a> Builder<'a> {
         } else {
             let winner = &winner.plan.age.key;
             format!(
-                "{} of {} belongs to Ingress {winner}, which is older",
+                "{} of {} belongs to Ingress {winner}, which {FIRST}",
                 shown_path(&path.path),
                 self.shown()
             )
@@ -138,7 +174,7 @@ impl<'a> Builder<'a> {
         };
         if self.host.as_str().is_empty() {
             let message =
-                format!("requests for other hosts go to Ingress {}, which is older", winner.plan.age.key);
+                format!("requests for other hosts go to Ingress {}, which {FIRST}", winner.plan.age.key);
             self.notice(plan, Notice::warning(".spec.defaultBackend", message, "keep one default backend"));
         }
     }
@@ -169,7 +205,7 @@ impl<'a> Builder<'a> {
             );
             return self.notice(plan, Notice::warning(place.to_string(), message, remedy));
         };
-        if rule.plan.closed.is_some() || matches!(rule.target, Target::Refused(_)) {
+        if self.closed(rule.plan).is_some() || matches!(rule.target, Target::Refused(_)) {
             let message =
                 format!("its mainline, Ingress {}, answers 503, and so does this", rule.plan.age.key);
             return self.notice(plan, Notice::warning(place.to_string(), message, "see the mainline"));
@@ -206,8 +242,8 @@ impl<'a> Builder<'a> {
 
     fn action(&mut self, draft: &Draft<'_>, canaries: &[Draft<'_>]) -> Action {
         let refused = |reason: &Arc<str>| Action::Respond { status: 503, reason: reason.clone() };
-        if let Some(reason) = &draft.plan.closed {
-            return refused(reason);
+        if let Some(reason) = self.closed(draft.plan) {
+            return refused(&reason);
         }
         // A canary is a location of its mainline, so it speaks the mainline's protocol.
         let protocol = draft.plan.settings.protocol;

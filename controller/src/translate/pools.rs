@@ -207,7 +207,7 @@ fn empty_ports(service: &Service, index: &Index, ports: &BTreeSet<u16>) -> Vec<N
     };
     let field = if index.uses_pods(service) { ".spec.selector" } else { "" };
     let notice = |port: &u16| {
-        let message = format!("port {port} has no ready endpoint: requests for it answer 503");
+        let message = format!("port {port} has no ready endpoint: it takes no request");
         Notice::warning(field, message, remedy)
     };
     ports.iter().map(notice).collect()

@@ -41,8 +41,11 @@ fn services(plan: &Plan, store: &Store, notices: &mut Vec<Notice>) {
             Place::DefaultBackend => place.to_string(),
             Place::Path { .. } => format!("{place}.backend"),
         };
-        let more =
-            if count > 1 { format!(" (the same in {} more places)", count - 1) } else { String::new() };
+        let more = match count {
+            1 => String::new(),
+            2 => " (the same in one more place)".to_owned(),
+            _ => format!(" (the same in {} more places)", count - 1),
+        };
         notices.push(Notice::error(
             format!("{backend}.service.{field}"),
             format!("{message}: {consequence}{more}"),
