@@ -148,3 +148,28 @@ fn insert<T: PartialEq>(map: &mut OrdMap<Key, Arc<T>>, key: Key, object: T) {
         map.insert(key, Arc::new(object));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_equal_object_is_no_change() {
+        let node = |zone: &str| {
+            let meta = Meta { name: "n".into(), ..Meta::default() };
+            Object::Node(Node { meta, zone: Some(zone.into()) })
+        };
+        let mut store = Store::default();
+        store.apply(node("west"));
+        let before = store.clone();
+        store.apply(node("west"));
+        assert!(store.nodes.ptr_eq(&before.nodes));
+        store.apply(node("east"));
+        assert_ne!(store, before);
+        let reference = node("east").reference();
+        assert_eq!(store.get(&reference), Some(node("east")));
+        store.remove(&reference);
+        assert!(!store.contains(&reference) && store.is_empty());
+        assert!(before.contains(&reference), "a clone keeps what it had");
+    }
+}

@@ -1,6 +1,7 @@
 //! kubernetes-sigs/ingress-controller-conformance at the level of tables: the
 //! route that each request would take. The matcher here is the plainest that
 //! can be read off the documentation of `RoutingTable`.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use lockgate_controller::objects::{Object, Parsed, parse};
 use lockgate_controller::store::Store;

@@ -4,6 +4,7 @@
 //! `golden/manifests-FOLDER` reads manifests that others wrote, which are not
 //! part of this repository: FOLDER below `LOCKGATE_SHARED_MANIFESTS`, by
 //! default `../shared/manifests` beside the workspace.
+#![allow(clippy::unwrap_used)] // a test fails by panicking
 
 use std::collections::BTreeMap;
 use std::fs;

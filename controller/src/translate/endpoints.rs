@@ -51,6 +51,11 @@ pub(super) fn toggle<K: std::hash::Hash + Eq, V: Ord>(
 }
 
 impl Index {
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.slices.is_empty() && self.pods.is_empty() && self.services.is_empty()
+    }
+
     /// Returns the Service whose endpoints changed.
     pub(super) fn slice(&mut self, slice: &EndpointSlice, present: bool) -> Option<Key> {
         let service = Key::new(slice.meta.namespace.clone(), slice.service.clone()?);
@@ -87,15 +92,15 @@ impl Index {
         }
         let mut candidates = Candidates { store, ready: BTreeMap::new(), serving: BTreeMap::new() };
         let app_protocol = if self.uses_pods(service) {
-            self.from_pods(service, port, &mut candidates);
+            self.add_pods(service, port, &mut candidates);
             None
         } else {
-            self.from_slices(service, port, &mut candidates)
+            self.add_slices(service, port, &mut candidates)
         };
         Selected { endpoints: candidates.chosen(), app_protocol }
     }
 
-    fn from_slices(
+    fn add_slices(
         &self,
         service: &Service,
         port: &ServicePort,
@@ -121,7 +126,7 @@ impl Index {
         app_protocol
     }
 
-    fn from_pods(&self, service: &Service, port: &ServicePort, candidates: &mut Candidates<'_>) {
+    fn add_pods(&self, service: &Service, port: &ServicePort, candidates: &mut Candidates<'_>) {
         // The rarest label of the selector leaves the fewest Pods to look at.
         let sets = labels_of(&service.meta.namespace, &service.selector).map(|label| self.pods.get(&label));
         let Some(rarest) = sets.min_by_key(|set| set.map_or(0, BTreeSet::len)).flatten() else { return };

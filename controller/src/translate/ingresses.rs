@@ -102,6 +102,12 @@ impl Ingresses {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        let by_host = self.rules.is_empty() && self.certificates.is_empty() && self.any_host.is_empty();
+        by_host && self.plans.is_empty() && self.services.is_empty() && self.secrets.is_empty()
+    }
+
     pub(super) fn plan(&self, key: &Key) -> Option<&Arc<Plan>> {
         self.plans.get(key)
     }

@@ -278,7 +278,8 @@ fn read_path(path: &IngressPath) -> Result<PathMatch, (&'static str, String, &'s
         return Err(("path", "has a control character".to_owned(), "remove it; write it on one line"));
     }
     let specific = &*path.path_type == "ImplementationSpecific";
-    if !text.starts_with('/') && !(specific && text.is_empty()) {
+    let empty = specific && text.is_empty();
+    if !empty && !text.starts_with('/') {
         return Err(("path", format!("{text:?} does not begin with '/'"), "begin it with '/'"));
     }
     let never = ["//", "/./", "/../", "%2f", "%2F"].into_iter().find(|part| text.contains(part));
@@ -334,5 +335,74 @@ fn target(backend: &IngressBackend, namespace: &Arc<str>, place: Place, notices:
         IngressBackend::Missing => {
             refuse(field, "the backend names no service".to_owned(), "add service.name and service.port")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts() {
+        let cases = [
+            ("Shop.Example", Ok("shop.example")),
+            ("shop.example.", Ok("shop.example")),
+            ("*.Shop.example", Ok("*.shop.example")),
+            ("localhost", Ok("localhost")),
+            ("", Ok("")),
+            ("*", Err("is not a DNS name")),
+            ("*.", Err("is not a DNS name")),
+            (".", Err("is not a DNS name")),
+            ("*.*.example", Err("is not a DNS name")),
+            ("a_b.example", Err("is not a DNS name")),
+            ("-a.example", Err("is not a DNS name")),
+            ("a..example", Err("is not a DNS name")),
+            ("shöp.example", Err("is not a DNS name")),
+            ("shop.example:80", Err("has a port, which no rule can name")),
+            ("10.0.0.1", Err("is an IP address, which no rule can name")),
+            ("::1", Err("is an IP address, which no rule can name")),
+        ];
+        for (host, expected) in cases {
+            assert_eq!(
+                read_host(host).as_ref().map(HostPattern::as_str),
+                expected.as_ref().copied(),
+                "{host}"
+            );
+        }
+        assert!(read_host(&"a".repeat(254)).is_err());
+    }
+
+    #[test]
+    fn paths() {
+        let cases = [
+            ("Prefix", "/", "/"),
+            ("Prefix", "/a/", "/a"),
+            ("Prefix", "/a", "/a"),
+            ("Exact", "/a/", "/a/"),
+            ("ImplementationSpecific", "", "/"),
+            ("ImplementationSpecific", "/a(/|$)(.*)", "/a(/|$)(.*)"),
+            ("ImplementationSpecific", "/a//b", "/a//b"),
+            ("Prefix", "", ""),
+            ("Exact", "a", ""),
+            ("ImplementationSpecific", "a", ""),
+            ("Prefix", "//", ""),
+            ("Prefix", "/a/../b", ""),
+            ("Exact", "/a/.", ""),
+            ("Prefix", "/a%2fb", ""),
+            ("Prefix", "/a\tb", ""),
+            ("ImplementationSpecific", "/a\u{0}", ""),
+            ("exact", "/", ""),
+            ("", "/", ""),
+        ];
+        let read = |path_type: &str, path: &str| {
+            let backend = IngressBackend::Missing;
+            read_path(&IngressPath { path: path.into(), path_type: path_type.into(), backend })
+        };
+        for (path_type, path, expected) in cases {
+            let read = read(path_type, path);
+            assert_eq!(read.as_ref().map_or("", PathMatch::as_str), expected, "{path_type} {path:?}");
+        }
+        assert!(read("Exact", &format!("/{}", "a".repeat(MAX_PATH - 1))).is_ok());
+        assert!(read("Exact", &format!("/{}", "a".repeat(MAX_PATH))).is_err());
     }
 }

@@ -262,10 +262,11 @@ fn any_sequence_of_edits_ends_where_a_fresh_start_does() {
             check_invariants(&fresh, &store);
         }
         assert_eq!(translator.translate(&Store::default()), translate(&Store::default(), &options));
-        assert!(
-            translator.hosts.is_empty() && translator.pools.is_empty(),
-            "seed {seed}: something stayed behind"
-        );
+        let nothing_stayed = translator.hosts.is_empty()
+            && translator.pools.is_empty()
+            && translator.ingresses.is_empty()
+            && translator.endpoints.is_empty();
+        assert!(nothing_stayed, "seed {seed}: something stayed behind");
     }
 }
 
@@ -411,4 +412,27 @@ fn no_document_makes_it_panic() {
         }
         check_invariants(&translator.translate(&store), &store);
     }
+}
+
+#[test]
+fn canaries_of_one_path_are_bounded() {
+    let mut store = Store::default();
+    store.apply(numbered_ingress(0, "s"));
+    for number in 0..70 {
+        let Object::Ingress(mut canary) = numbered_ingress(0, "s") else { unreachable!() };
+        canary.meta.name = format!("canary{number:02}").into();
+        let annotations = [("canary", "true"), ("canary-weight", "1")];
+        let prefixed =
+            |(key, value): (&str, &str)| (format!("{}{key}", annotations::PREFIX).into(), value.into());
+        canary.annotations = annotations.map(prefixed).into_iter().collect();
+        store.apply(Object::Ingress(canary));
+    }
+    let desired = translate(&store, &Options::default());
+    let host = desired.routes.hosts.values().next().unwrap();
+    let Action::Forward(split) = &host.rules[0].action else { panic!() };
+    assert_eq!(split.backends.len(), 1 + canary::MOST);
+    assert_eq!(split.backends[0].weight, 36);
+    let refused =
+        |notices: &&Arc<Vec<Notice>>| notices.iter().any(|one| one.message.starts_with("more than 64"));
+    assert_eq!(desired.statuses.values().filter(refused).count(), 6);
 }
