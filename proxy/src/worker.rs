@@ -31,10 +31,22 @@ pub(crate) struct Worker {
     /// Where `https` is, for redirects of clients that named a port.
     pub(crate) https_port: Option<u16>,
     routes: RefCell<RouterCache>,
-    generation: RefCell<Rc<Arc<Router>>>,
+    generation: RefCell<Rc<Generation>>,
     draining: Cell<bool>,
     idle: RefCell<Slab<Waker>>,
     connections: Cell<usize>,
+}
+
+/// A router as one worker holds it. Its requests count their hold in the `Rc`
+/// around it, on a line of memory that no other core touches.
+pub(crate) struct Generation(Arc<Router>);
+
+impl std::ops::Deref for Generation {
+    type Target = Router;
+
+    fn deref(&self) -> &Router {
+        &self.0
+    }
 }
 
 /// What a worker starts with.
@@ -51,7 +63,7 @@ pub(crate) struct Parts {
 impl Worker {
     pub(crate) fn new(parts: Parts) -> Rc<Worker> {
         let Parts { index, config, metrics, tls, mut routes, log, https_port } = parts;
-        let generation = RefCell::new(Rc::new(routes.load().clone()));
+        let generation = RefCell::new(Rc::new(Generation(routes.load().clone())));
         let idle_ms = config.timeouts.idle_upstream.as_millis() as u64;
         Rc::new(Worker {
             index,
@@ -73,12 +85,12 @@ impl Worker {
     }
 
     /// The live generation: one atomic load, and a count that no other thread touches.
-    pub(crate) fn router(&self) -> Rc<Arc<Router>> {
+    pub(crate) fn router(&self) -> Rc<Generation> {
         let mut routes = self.routes.borrow_mut();
         let newest = routes.load();
         let mut current = self.generation.borrow_mut();
-        if !Arc::ptr_eq(newest, &current) {
-            *current = Rc::new(newest.clone());
+        if !Arc::ptr_eq(newest, &current.0) {
+            *current = Rc::new(Generation(newest.clone()));
         }
         current.clone()
     }

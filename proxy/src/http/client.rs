@@ -69,7 +69,7 @@ impl Client {
         if !self.trusted {
             return Forwarded { address: peer, claims: Claims::default() };
         }
-        let address = claims.for_.and_then(|value| last_address(value)).unwrap_or(peer);
+        let address = claims.for_.and_then(last_address).unwrap_or(peer);
         Forwarded { address, claims: *claims }
     }
 

@@ -131,7 +131,10 @@ pub(crate) async fn serve(
     }
 }
 
-#[expect(clippy::large_enum_variant, reason = "lives for a moment on the stack; a box would be an allocation per request")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "lives for a moment on the stack; a box would be an allocation per request"
+)]
 enum Event {
     Request((http::Request<h2::RecvStream>, h2::server::SendResponse<Bytes>)),
     Drain,
