@@ -1,4 +1,5 @@
 //! A real folder, real edits, and what becomes of the objects.
+#![allow(clippy::unwrap_used, reason = "a test says what it expects by panicking")]
 
 use std::fs;
 use std::io::Write;
