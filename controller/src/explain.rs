@@ -430,30 +430,9 @@ fn ask(when: &When, question: &Question) -> Says {
     }
 }
 
-/// As the proxy sees a path: percent-decoded, dot segments resolved, slashes
-/// merged; or why it answers 400.
+/// As the proxy sees a path; or why it answers 400.
 fn normalise(path: &str) -> Result<String, &'static str> {
-    let escapes = path.split('%').skip(1);
-    for escape in escapes {
-        match escape.as_bytes() {
-            [b'0', b'0', ..] => return Err("NUL in the path"),
-            [high, low, ..] if high.is_ascii_hexdigit() && low.is_ascii_hexdigit() => {}
-            _ => return Err("malformed percent-encoding"),
-        }
-    }
-    let decoded = decode(path);
-    let mut elements: Vec<&str> = Vec::new();
-    let mut slash = true;
-    for element in decoded.split('/').skip(1) {
-        slash = matches!(element, "" | "." | "..");
-        match element {
-            "" | "." => {}
-            ".." => drop(elements.pop().ok_or("the path leads above the root")?),
-            element => elements.push(element),
-        }
-    }
-    let tail = if slash && !elements.is_empty() { "/" } else { "" };
-    Ok(format!("/{}{tail}", elements.join("/")))
+    lockgate_proxy::normalise_path(path.as_bytes()).map(|path| String::from_utf8_lossy(&path).into_owned())
 }
 
 pub(crate) fn decode(text: &str) -> String {

@@ -33,6 +33,7 @@ mod worker;
 
 pub use certificate::Certificate;
 pub use config::Config;
+pub use http::path::normalise_path;
 pub use proxy::{Proxy, StartError};
 pub use router::{Publisher, Router, Routes};
 pub use table::RoutingTable;

@@ -4,6 +4,14 @@
 
 use super::head::Reject;
 
+/// The path that rules are matched on, or why a request with `path` is answered 400.
+///
+/// # Errors
+/// Malformed percent-encoding, a NUL, or a path that leads above the root.
+pub fn normalise_path(path: &[u8]) -> Result<Vec<u8>, &'static str> {
+    normalise(path, &mut Vec::new()).map(<[u8]>::to_vec).map_err(|reject| reject.reason)
+}
+
 /// Normalises `path`, borrowing it when nothing needs to change.
 pub(crate) fn normalise<'a>(path: &'a [u8], scratch: &'a mut Vec<u8>) -> Result<&'a [u8], Reject> {
     if path == b"*" {
