@@ -90,17 +90,7 @@ pub(crate) async fn serve(
                 return Poll::Ready(Event::Drain);
             }
             presence.wake_on_drain(cx.waker());
-            if full {
-                // A stream the client has reset still occupies us for a moment: who resets
-                // faster than we let go has its streams wait, and their resets counted.
-                return connection.poll_closed(cx).map(|end| end.map_or_else(Event::Broken, |()| Event::End));
-            }
-            match connection.poll_accept(cx) {
-                Poll::Ready(Some(Ok(accepted))) => Poll::Ready(Event::Request(accepted)),
-                Poll::Ready(Some(Err(error))) => Poll::Ready(Event::Broken(error)),
-                Poll::Ready(None) => Poll::Ready(Event::End),
-                Poll::Pending => Poll::Pending,
-            }
+            poll_event(cx, &mut connection, full)
         });
         let event = tokio::select! {
             biased;
@@ -140,6 +130,23 @@ enum Event {
     Drain,
     Broken(h2::Error),
     End,
+}
+
+fn poll_event(
+    cx: &mut Context<'_>,
+    connection: &mut h2::server::Connection<Rewound, Bytes>,
+    full: bool,
+) -> Poll<Event> {
+    if full {
+        // A stream the client has reset still occupies us for a moment: who resets
+        // faster than we let go has its streams wait, and their resets counted.
+        return connection.poll_closed(cx).map(|end| end.map_or_else(Event::Broken, |()| Event::End));
+    }
+    connection.poll_accept(cx).map(|accepted| match accepted {
+        Some(Ok(accepted)) => Event::Request(accepted),
+        Some(Err(error)) => Event::Broken(error),
+        None => Event::End,
+    })
 }
 
 impl Http2 {
