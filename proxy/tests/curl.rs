@@ -1,4 +1,5 @@
 //! The proxy seen by curl.
+#![allow(clippy::unwrap_used, reason = "a test says what it expects by panicking")]
 
 #[path = "support/peers.rs"]
 mod peers;

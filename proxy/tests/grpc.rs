@@ -1,4 +1,5 @@
 //! gRPC through the proxy, with tonic as client and as server.
+#![allow(clippy::unwrap_used, reason = "a test says what it expects by panicking")]
 
 #[path = "support/peers.rs"]
 mod peers;

@@ -1,4 +1,5 @@
 //! HTTP/2 on either side of the proxy, with hyper as client and as endpoint.
+#![allow(clippy::unwrap_used, reason = "a test says what it expects by panicking")]
 
 #[path = "support/peers.rs"]
 mod peers;
@@ -417,11 +418,9 @@ async fn a_reset_by_the_client_reaches_the_endpoint() {
         let app = endpoint(speaks, move |request: Request<Incoming>| {
             let guard = Alive::new(&count);
             async move {
-                match request.uri().path() {
-                    // Before the head of an answer.
-                    "/silent" => std::future::pending::<()>().await,
-                    // Within its body.
-                    _ => {}
+                // Either before the head of an answer, or (below) within its body.
+                if request.uri().path() == "/silent" {
+                    std::future::pending::<()>().await;
                 }
                 let frames = stream::unfold((guard, true), |(guard, first)| async move {
                     if !first {
@@ -713,6 +712,7 @@ async fn slow_endpoints_and_slow_clients_are_told_apart() {
         let mut config = toy::config();
         config.timeouts.read = std::time::Duration::from_millis(400);
         config.timeouts.send = std::time::Duration::from_millis(400);
+        config.timeouts.client = std::time::Duration::from_millis(400);
         config.ejection.consecutive = 1;
         let (proxy, _publisher) = toy::start(config, toy::table(&[app], speaks));
         for comes in [Comes::Http1, Comes::H2c] {

@@ -1,4 +1,5 @@
 //! Endpoints that speak TLS: by which protocol, and what happens when they cannot.
+#![allow(clippy::unwrap_used, reason = "a test says what it expects by panicking")]
 
 #[path = "support/peers.rs"]
 mod peers;

@@ -1,4 +1,5 @@
 //! WebSocket through the proxy, with tungstenite on both sides.
+#![allow(clippy::unwrap_used, reason = "a test says what it expects by panicking")]
 
 #[path = "support/peers.rs"]
 mod peers;

@@ -54,7 +54,7 @@ pub fn pieces(length: usize, trailers: Option<HeaderMap>) -> Body {
 pub fn pattern(from: usize, length: usize) -> Bytes {
     const PERIOD: usize = 65_521;
     static TWICE: LazyLock<Bytes> =
-        LazyLock::new(|| (0..2 * PERIOD).map(|at| (at % PERIOD * 31 >> 4) as u8).collect());
+        LazyLock::new(|| (0..2 * PERIOD).map(|at| ((at % PERIOD * 31) >> 4) as u8).collect());
     if length <= PERIOD {
         return TWICE.slice(from % PERIOD..from % PERIOD + length);
     }
