@@ -25,7 +25,7 @@ impl Binary {
         command.args(gate::flags(folder, more)).env("RUST_LOG", "trace");
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
         let lines = BufReader::new(child.stderr.take().expect("piped")).lines();
-        let (say, said) = mpsc::channel();
+        let (say, said) = mpsc::sync_channel(3);
         let stderr = std::thread::spawn(move || {
             let mut all = String::new();
             for line in lines.map_while(Result::ok) {
@@ -33,8 +33,8 @@ impl Binary {
                 all.push('\n');
                 let mut words = line.split_whitespace();
                 if let (Some(what), Some(Ok(address))) = (words.next(), words.next().map(str::parse)) {
-                    // Nobody listens any more once all three are known.
-                    let _ = say.send((what.to_owned(), address));
+                    // Full, or nobody listens any more, once all three are known.
+                    let _ = say.try_send((what.to_owned(), address));
                 }
             }
             all

@@ -42,6 +42,8 @@ pub struct Edits {
     toys: BTreeMap<&'static str, Vec<SocketAddr>>,
     identities: Vec<Identity>,
     flaps: [bool; FLAPS],
+    weight: u32,
+    identity: usize,
     number: usize,
     /// A file that is being written slowly.
     slow: Option<JoinHandle<()>>,
@@ -63,6 +65,8 @@ impl Edits {
             toys,
             identities,
             flaps: [false; FLAPS],
+            weight: 0,
+            identity: 0,
             number: 0,
             slow: None,
             made: BTreeMap::new(),
@@ -72,7 +76,7 @@ impl Edits {
         edits.weigh();
         edits.rotate();
         edits.replace_endpoints();
-        edits.moved_into_place();
+        edits.written_at_once();
         edits.broken();
         edits.made.clear();
         edits
@@ -83,7 +87,8 @@ impl Edits {
         let mut next = Instant::now();
         while next < end {
             std::thread::sleep(next.saturating_duration_since(Instant::now()));
-            next += every;
+            // Late edits are not caught up with: in a burst they would merge.
+            next = next.max(Instant::now()) + every;
             self.one();
         }
         self.finish();
@@ -107,10 +112,15 @@ impl Edits {
             3 => self.weigh(),
             4 => self.rotate(),
             5 => self.replace_endpoints(),
+            6 if self.is_half_written() => self.flap(),
             6 => self.half_written(),
-            7 => self.moved_into_place(),
+            7 => self.written_at_once(),
             _ => self.broken(),
         }
+    }
+
+    fn is_half_written(&self) -> bool {
+        self.slow.as_ref().is_some_and(|slow| !slow.is_finished())
     }
 
     fn finish(&mut self) {
@@ -196,7 +206,9 @@ impl Edits {
 
     fn weigh(&mut self) {
         self.count("canary weighed");
-        let weight = self.rng.u32(0..=100);
+        // Another one than last time.
+        self.weight = (self.weight + self.rng.u32(1..=100)) % 101;
+        let weight = self.weight;
         let text = ingress("canary", "", &[rule("canary.example", &[("/", "Prefix", "canary")])]).replace(
             "name: canary}",
             &format!(
@@ -211,7 +223,8 @@ impl Edits {
 
     fn rotate(&mut self) {
         self.count("Secret rotated");
-        let identity = &self.identities[self.rng.usize(0..self.identities.len())];
+        self.identity = (self.identity + self.rng.usize(1..self.identities.len())) % self.identities.len();
+        let identity = &self.identities[self.identity];
         let text = manifests::secret("default", "tls", identity);
         self.either("secret.yaml", &text);
     }
@@ -241,7 +254,6 @@ impl Edits {
 
     fn half_written(&mut self) {
         self.count("file half written for a while");
-        self.finish();
         let text = self.torn();
         let cut = self.rng.usize(1..text.len());
         let pause = Duration::from_millis(self.rng.u64(0..HALF_WRITTEN_MAX.as_millis() as u64));
@@ -253,20 +265,25 @@ impl Edits {
         }));
     }
 
-    fn moved_into_place(&mut self) {
-        self.count("file moved into place");
-        self.finish();
+    fn written_at_once(&mut self) {
         let text = self.torn();
-        self.either("torn.yaml", &text);
+        if self.is_half_written() {
+            self.count("half written file replaced");
+            self.place("torn.yaml", &text);
+        } else {
+            self.count("file written at once");
+            self.either("torn.yaml", &text);
+        }
     }
 
     /// Good, then nonsense that is not YAML, then good again: the last good one stays.
     fn broken(&mut self) {
-        let good = ingress("broken", "", &[rule("broken.example", &[("/", "Prefix", "keep")])]);
-        if self.made.get("file made good").copied() == self.made.get("file spoilt").copied() {
+        let extra = format!("/extra-{}", self.number);
+        let paths = [(extra.as_str(), "Exact", "a"), ("/", "Prefix", "keep")];
+        let good = ingress("broken", "", &[rule("broken.example", &paths)]);
+        if self.made.get("file made good") == self.made.get("file spoilt") {
             self.count("file made good");
-            let extra = format!("# edit {}\n", self.number);
-            self.either("broken.yaml", &(extra + &good));
+            self.either("broken.yaml", &good);
         } else {
             self.count("file spoilt");
             let text = good.replace("kind: Ingress", "kind: [Ingress");
