@@ -4,7 +4,9 @@
 
 mod support {
     #![allow(dead_code, unreachable_pub, reason = "every test file uses its own part of this")]
+    pub mod binary;
     pub mod clients;
+    pub mod examples;
     pub mod gate;
     pub mod manifests;
     pub mod toys;
@@ -17,299 +19,19 @@ use std::collections::HashSet;
 use std::fs;
 
 use bytes::Bytes;
+use lockgate_controller::admin;
 use scenarios::FEATURES;
+use support::binary::{Binary, curl};
 use support::clients::{Answer, Connection, Question, Trust, Version};
+use support::examples::Ask::{OtherCertificate, Plain, Tls};
+use support::examples::Right::{self, By, Status, ToHttps};
+use support::examples::{EXAMPLES, Example};
 use support::gate::Gate;
 use support::manifests::{self, Identity};
 use support::toys::{self, Speaks};
 use tempfile::TempDir;
 
 const BOTH: [Version; 2] = [Version::Http1, Version::Http2];
-
-/// A Service with toys behind it.
-struct Backend {
-    namespace: &'static str,
-    name: &'static str,
-    /// Name, which may be empty, and number. Each port has a toy of its own that
-    /// answers `service:number`.
-    ports: &'static [(&'static str, u16)],
-    /// The example presumes that it exists; otherwise the files bring it.
-    presumed: bool,
-}
-
-/// The ports: one that is asked for and one that must not be.
-const fn presumed(name: &'static str, ports: &'static [(&'static str, u16)]) -> Backend {
-    Backend { namespace: "default", name, ports, presumed: true }
-}
-
-const fn brought(
-    namespace: &'static str,
-    name: &'static str,
-    ports: &'static [(&'static str, u16)],
-) -> Backend {
-    Backend { namespace, name, ports, presumed: false }
-}
-
-/// The right answer.
-#[derive(Clone, Copy, Debug)]
-enum Right {
-    /// 200 by this `service:port`.
-    By(&'static str),
-    /// This status, by the gate itself.
-    Status(u16),
-    /// 308 to the same by https.
-    ToHttps,
-}
-
-use Right::{By, Status, ToHttps};
-
-/// One request.
-enum Ask {
-    Plain(&'static str, &'static str, Right),
-    /// With only the certificate in this Secret trusted.
-    Tls(&'static str, &'static str, &'static str, Right),
-    /// The certificate in this Secret is not shown for this host.
-    OtherCertificate(&'static str, &'static str),
-}
-
-use Ask::{OtherCertificate, Plain, Tls};
-
-struct Example {
-    /// Below the shared manifests.
-    file: &'static str,
-    /// Other files that belong to it.
-    with: &'static [&'static str],
-    backends: &'static [Backend],
-    /// Namespace, name and hosts of the Secrets that must exist beforehand.
-    secrets: &'static [(&'static str, &'static str, &'static [&'static str])],
-    asks: &'static [Ask],
-    /// Parts of what has to be said about it.
-    said: &'static [&'static str],
-}
-
-const DECOY: (&str, u16) = ("decoy", 81);
-const HTTP_SVC: &[&str] = &["ingress-nginx/http-svc.yaml"];
-const BEHIND_HTTP_SVC: &[Backend] = &[brought("default", "http-svc", &[("http", 80)])];
-
-const EXAMPLES: &[Example] = &[
-    Example {
-        file: "kubernetes-docs/minimal-ingress.yaml",
-        with: &[],
-        backends: &[presumed("test", &[DECOY, ("web", 80)])],
-        secrets: &[],
-        asks: &[
-            Plain("any.example", "/testpath", By("test:80")),
-            Plain("192.0.2.1", "/testpath/", By("test:80")),
-            Plain("any.example", "/testpath/below?q=/x", By("test:80")),
-            Plain("any.example", "/testpathX", Status(404)),
-            Plain("any.example", "/Testpath", Status(404)),
-            Plain("any.example", "/", Status(404)),
-            Plain("any.example", "/x/testpath", Status(404)),
-        ],
-        said: &[],
-    },
-    Example {
-        file: "kubernetes-docs/test-ingress.yaml",
-        with: &[],
-        backends: &[presumed("test", &[DECOY, ("web", 80)])],
-        secrets: &[],
-        asks: &[Plain("any.example", "/", By("test:80")), Plain("other.example", "/whatever", By("test:80"))],
-        said: &[],
-    },
-    Example {
-        file: "kubernetes-docs/simple-fanout-example.yaml",
-        with: &[],
-        backends: &[
-            presumed("service1", &[DECOY, ("web", 4200)]),
-            presumed("service2", &[DECOY, ("web", 8080)]),
-        ],
-        secrets: &[],
-        asks: &[
-            Plain("foo.bar.com", "/foo", By("service1:4200")),
-            Plain("FOO.bar.com", "/foo/x", By("service1:4200")),
-            Plain("foo.bar.com:8080", "/bar", By("service2:8080")),
-            Plain("foo.bar.com", "/bar/foo", By("service2:8080")),
-            Plain("foo.bar.com", "/", Status(404)),
-            Plain("foo.bar.com", "/foobar", Status(404)),
-            Plain("bar.com", "/foo", Status(404)),
-        ],
-        said: &[],
-    },
-    Example {
-        file: "kubernetes-docs/ingress-wildcard-host.yaml",
-        with: &[],
-        backends: &[presumed("service1", &[DECOY, ("web", 80)]), presumed("service2", &[DECOY, ("web", 80)])],
-        secrets: &[],
-        asks: &[
-            Plain("foo.bar.com", "/bar", By("service1:80")),
-            Plain("foo.bar.com", "/foo", Status(404)),
-            Plain("bar.foo.com", "/foo", By("service2:80")),
-            Plain("bar.foo.com", "/bar", Status(404)),
-            Plain("baz.bar.foo.com", "/foo", Status(404)),
-            Plain("foo.com", "/foo", Status(404)),
-            Plain("barfoo.com", "/foo", Status(404)),
-        ],
-        said: &[],
-    },
-    Example {
-        file: "kubernetes-docs/name-virtual-host-ingress-no-third-host.yaml",
-        with: &[],
-        backends: &[
-            presumed("service1", &[DECOY, ("web", 80)]),
-            presumed("service2", &[DECOY, ("web", 80)]),
-            presumed("service3", &[DECOY, ("web", 80)]),
-        ],
-        secrets: &[],
-        asks: &[
-            Plain("first.bar.com", "/", By("service1:80")),
-            Plain("second.bar.com", "/deep/below", By("service2:80")),
-            Plain("third.bar.com", "/", By("service3:80")),
-            Plain("bar.com", "/", By("service3:80")),
-            Plain("x.first.bar.com", "/", By("service3:80")),
-        ],
-        said: &[],
-    },
-    Example {
-        file: "kubernetes-docs/tls-example-ingress.yaml",
-        with: &[],
-        backends: &[presumed("service1", &[DECOY, ("web", 80)])],
-        secrets: &[("default", "testsecret-tls", &["https-example.foo.com"])],
-        asks: &[
-            Plain("https-example.foo.com", "/", ToHttps),
-            Plain("https-example.foo.com", "/a?b=c", ToHttps),
-            Plain("other.foo.com", "/", Status(404)),
-            Tls("testsecret-tls", "https-example.foo.com", "/", By("service1:80")),
-            OtherCertificate("testsecret-tls", "other.foo.com"),
-        ],
-        said: &[],
-    },
-    Example {
-        file: "kubernetes-docs/ingress-resource-backend.yaml",
-        with: &[],
-        backends: &[],
-        secrets: &[],
-        asks: &[
-            Plain("any.example", "/icons", Status(503)),
-            Plain("any.example", "/icons/a.png", Status(503)),
-            Plain("any.example", "/", Status(503)),
-        ],
-        said: &["Ingress default/ingress-resource-backend: Error .spec.defaultBackend"],
-    },
-    Example {
-        file: "ingress-nginx/multi-tls-multi-tls.yaml",
-        with: &[],
-        backends: &[
-            brought("default", "http-svc", &[("http", 80)]),
-            brought("default", "nginx", &[("http", 80)]),
-        ],
-        secrets: &[("default", "foobar", &["foo.bar.com"]), ("default", "barbaz", &["bar.baz.com"])],
-        asks: &[
-            Tls("foobar", "foo.bar.com", "/", By("http-svc:80")),
-            Tls("barbaz", "bar.baz.com", "/x", By("nginx:80")),
-            OtherCertificate("foobar", "bar.baz.com"),
-            OtherCertificate("barbaz", "foo.bar.com"),
-            Plain("foo.bar.com", "/", ToHttps),
-            Plain("bar.baz.com", "/", ToHttps),
-            Plain("baz.com", "/", Status(404)),
-        ],
-        said: &[],
-    },
-    Example {
-        file: "ingress-nginx/tls-termination-ingress.yaml",
-        with: HTTP_SVC,
-        backends: BEHIND_HTTP_SVC,
-        secrets: &[("default", "tls-secret", &["foo.bar.com"])],
-        asks: &[
-            Tls("tls-secret", "foo.bar.com", "/", By("http-svc:80")),
-            Plain("foo.bar.com", "/", ToHttps),
-            Plain("bar.com", "/", Status(404)),
-        ],
-        said: &[],
-    },
-    Example {
-        file: "ingress-nginx/static-ip-nginx-ingress.yaml",
-        with: &["ingress-nginx/http-svc.yaml", "ingress-nginx/static-ip-static-ip-svc.yaml"],
-        backends: BEHIND_HTTP_SVC,
-        secrets: &[("default", "tls-secret", &["shop.example", "other.example"])],
-        asks: &[
-            Tls("tls-secret", "shop.example", "/", By("http-svc:80")),
-            Tls("tls-secret", "other.example", "/x", By("http-svc:80")),
-            Plain("any.example", "/", ToHttps),
-        ],
-        said: &[],
-    },
-    Example {
-        file: "ingress-nginx/affinity-cookie-ingress.yaml",
-        with: HTTP_SVC,
-        backends: BEHIND_HTTP_SVC,
-        secrets: &[],
-        asks: &[
-            Plain("stickyingress.example.com", "/", By("http-svc:80")),
-            Plain("example.com", "/", Status(404)),
-        ],
-        said: &["Ingress default/nginx-test: Warning", "affinity is not implemented yet"],
-    },
-    Example {
-        file: "ingress-nginx/affinity-cookie-ingress-samesite.yaml",
-        with: HTTP_SVC,
-        backends: BEHIND_HTTP_SVC,
-        secrets: &[],
-        asks: &[
-            Plain("stickyingress-samesite-none.example.com", "/", By("http-svc:80")),
-            Plain("stickyingress-samesite-strict.example.com", "/x", By("http-svc:80")),
-            Plain("stickyingress.example.com", "/", Status(404)),
-        ],
-        said: &["session-cookie-samesite is not implemented yet"],
-    },
-    Example {
-        file: "ingress-nginx/auth-external-auth-ingress.yaml",
-        with: HTTP_SVC,
-        backends: BEHIND_HTTP_SVC,
-        secrets: &[],
-        asks: &[
-            Plain("external-auth-01.sample.com", "/", Status(503)),
-            Plain("external-auth-01.sample.com", "/x", Status(503)),
-            Plain("sample.com", "/", Status(404)),
-        ],
-        said: &["Ingress default/external-auth: Error", "auth-url restricts access"],
-    },
-    Example {
-        file: "ingress-nginx/customization-external-auth-headers-echo-service.yaml",
-        with: &[],
-        backends: &[brought("default", "demo-echo-service", &[("", 80)])],
-        secrets: &[],
-        asks: &[
-            Plain("public-demo-echo-service.kube.local", "/", Status(503)),
-            Plain("secure-demo-echo-service.kube.local", "/", Status(503)),
-        ],
-        said: &["Ingress default/public-demo-echo-service: Error", "auth-url restricts access"],
-    },
-    Example {
-        file: "ingress-nginx/auth-client-certs-ingress.yaml",
-        with: HTTP_SVC,
-        backends: BEHIND_HTTP_SVC,
-        secrets: &[("default", "tls-secret", &["mydomain.com"])],
-        asks: &[
-            Tls("tls-secret", "mydomain.com", "/", Status(503)),
-            Tls("tls-secret", "mydomain.com", "/x", Status(503)),
-            Plain("mydomain.com", "/", ToHttps),
-        ],
-        said: &["Ingress default/nginx-test: Error", "restricts access"],
-    },
-    Example {
-        file: "ingress-nginx/docker-registry-ingress-with-tls.yaml",
-        with: &["ingress-nginx/docker-registry-deployment.yaml"],
-        backends: &[brought("docker-registry", "docker-registry", &[("http", 5000)])],
-        secrets: &[("docker-registry", "registry-tls", &["registry.example"])],
-        asks: &[
-            Plain("registry.example", "/v2/", Status(404)),
-            OtherCertificate("registry-tls", "registry.example"),
-        ],
-        said: &[
-            "Ingress docker-registry/docker-registry: Error .spec.rules[0].host: \"registry.<your domain>\"",
-        ],
-    },
-];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_ingress_that_others_wrote_answers_as_its_author_meant() {
@@ -562,4 +284,146 @@ async fn every_conformance_scenario_over_live_sockets() {
             assert!(gate.close(), "{}", feature.name);
         }
     }
+}
+
+/// A folder with a plain host and a TLS host in front of `toy`.
+fn shop(toy: std::net::SocketAddr, identity: &Identity) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    let mut objects = "\
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: shop}
+spec:
+  tls: [{hosts: [secure.example], secretName: shop}]
+  rules:
+  - host: plain.example
+    http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
+  - host: secure.example
+    http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
+"
+    .to_owned();
+    objects += &manifests::service("default", "shop", &[("web", 80)]);
+    objects += &manifests::slices("default", "shop", "web", &[toy]);
+    objects += &manifests::secret("default", "shop", identity);
+    // A Secret whose key is not its certificate's is complained about.
+    let mixed = Identity { key: Identity::new(&["x"]).key, ..identity.clone() };
+    objects += &manifests::secret("default", "mixed", &mixed);
+    fs::write(folder.path().join("shop.yaml"), objects).unwrap();
+    fs::write(folder.path().join("secure.pem"), &identity.certificate).unwrap();
+    folder
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sigterm_lets_requests_finish_and_no_key_is_ever_shown() {
+    let (toy, held) = toys::start_holding("shop", Speaks::Http1).await;
+    let identity = Identity::new(&["secure.example"]);
+    let folder = shop(toy, &identity);
+    // A file with a key that does not parse: what is said of it must not quote it.
+    let nonsense = manifests::secret("default", "torn", &identity).replace("}}", "}");
+    fs::write(folder.path().join("nonsense.yaml"), nonsense).unwrap();
+    let ingress = "apiVersion: networking.k8s.io/v1\nkind: Ingress\nmetadata: {name: mixed}\n\
+                   spec: {tls: [{hosts: [mixed.example], secretName: mixed}]}\n";
+    fs::write(folder.path().join("mixed.yaml"), ingress).unwrap();
+    let binary = Binary::start(folder.path(), &["--access-log", "json"]);
+    let ready = async || admin::get(binary.admin, "/readyz").await.unwrap();
+    assert_eq!(ready().await, (200, "ok\n".to_owned()));
+    for path in ["/debug/routes", "/metrics", "/debug/explain?url=https://secure.example/", "/"] {
+        let (status, text) = admin::get(binary.admin, path).await.unwrap();
+        assert_eq!(status, 200, "{path}");
+        identity.assert_is_secret_in(&text, path);
+    }
+    let mut slow = Vec::new();
+    for version in BOTH {
+        let mut connection = Connection::plain(binary.http, version).await.unwrap();
+        slow.push(tokio::spawn(
+            async move { connection.ask(&Question::new("plain.example", toys::HOLD)).await },
+        ));
+    }
+    held.waiting(2).await;
+    binary.terminate();
+    // The next probe may be ahead of the signal.
+    let mut answer = ready().await;
+    while answer.0 == 200 {
+        answer = ready().await;
+    }
+    assert_eq!(answer, (503, "draining\n".to_owned()));
+    assert_eq!(admin::get(binary.admin, "/livez").await.unwrap().0, 200);
+    held.release();
+    for slow in slow {
+        let answer = slow.await.unwrap().unwrap();
+        assert_eq!((answer.status, answer.body.as_str()), (200, "shop"));
+    }
+    let (status, logged) = tokio::task::spawn_blocking(|| binary.wait()).await.unwrap();
+    assert_eq!(status, Some(0), "{logged}");
+    assert!(logged.contains("Secret default/mixed"), "{logged}");
+    assert!(logged.contains("nonsense.yaml:"), "{logged}");
+    assert!(logged.contains("plain.example"), "the access log is empty: {logged}");
+    identity.assert_is_secret_in(&logged, "the log");
+}
+
+#[tokio::test]
+async fn ready_is_what_has_its_first_table_and_is_not_draining() {
+    let state = std::sync::Arc::new(admin::AdminState::default());
+    let address = admin::start("127.0.0.1:0".parse().unwrap(), state.clone()).unwrap();
+    let get = async |path| admin::get(address, path).await.unwrap().0;
+    assert_eq!((get("/livez").await, get("/readyz").await, get("/metrics").await), (200, 503, 503));
+    let config = lockgate_proxy::Config { workers: 1, ..lockgate_proxy::Config::default() };
+    let (proxy, mut publisher) = lockgate_proxy::Proxy::start(config).unwrap();
+    state.started(proxy.routes().clone(), proxy.live().clone());
+    assert_eq!((get("/readyz").await, get("/metrics").await), (503, 200));
+    publisher.publish(lockgate_proxy::RoutingTable::default());
+    state.ready();
+    assert_eq!((get("/livez").await, get("/readyz").await), (200, 200));
+    state.draining();
+    assert_eq!((get("/livez").await, get("/readyz").await), (200, 503));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn curl_is_answered_by_the_real_binary() {
+    let toy = toys::start("shop", Speaks::Http1).await;
+    let identity = Identity::new(&["secure.example"]);
+    let folder = shop(toy, &identity);
+    let binary = Binary::start(folder.path(), &[]);
+    let plain = format!("plain.example:{}", binary.http.port());
+    let secure = format!("secure.example:{}", binary.https.port());
+    let (to_plain, to_secure) = (format!("{plain}:127.0.0.1"), format!("{secure}:127.0.0.1"));
+    let ca = folder.path().join("secure.pem");
+    let resolve = ["--resolve", &to_plain, "--resolve", &to_secure, "--cacert", ca.to_str().unwrap()];
+    let (http, https) = (format!("http://{plain}/"), format!("https://{secure}/"));
+    let to_https = format!("http://secure.example:{}/", binary.http.port());
+    let to_https_resolve = format!("secure.example:{}:127.0.0.1", binary.http.port());
+    let websocket = [
+        "--http1.1",
+        "-H",
+        "Connection: Upgrade",
+        "-H",
+        "Upgrade: websocket",
+        "-H",
+        "Sec-WebSocket-Version: 13",
+    ];
+    let key = ["-H", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "--max-time", "1", http.as_str()];
+    let report = ["--write-out", " %{http_version} %{http_code}"];
+    // Arguments, what curl prints; a tunnel never ends by itself, so curl gives up on it.
+    let cases: [(&str, Vec<&str>, &str); 7] = [
+        ("HTTP/1.1", vec!["--http1.1", &http], "shop 1.1 200"),
+        ("HTTP/1.0", vec!["--http1.0", &http], "shop 1.1 200"),
+        ("h2c", vec!["--http2-prior-knowledge", &http], "shop 2 200"),
+        ("HTTPS", vec!["--http1.1", &https], "shop 1.1 200"),
+        ("h2", vec!["--http2", &https], "shop 2 200"),
+        ("redirect", vec!["--location", "--resolve", &to_https_resolve, &to_https], "shop 2 200"),
+        ("WebSocket", [&websocket[..], &key].concat(), " 1.1 101"),
+    ];
+    for (what, arguments, expected) in cases {
+        let arguments = [&resolve[..], &report, &arguments].concat();
+        let asking = arguments.iter().map(|&argument| argument.to_owned()).collect::<Vec<String>>();
+        let asked =
+            tokio::task::spawn_blocking(move || curl(&asking.iter().map(String::as_str).collect::<Vec<_>>()));
+        let Some(output) = asked.await.unwrap() else { return };
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(printed, expected, "{what}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    binary.terminate();
+    let (status, logged) = tokio::task::spawn_blocking(|| binary.wait()).await.unwrap();
+    assert_eq!(status, Some(0), "{logged}");
+    identity.assert_is_secret_in(&logged, "the log");
 }

@@ -164,6 +164,16 @@ impl Connection {
         .await
     }
 
+    /// The same HTTP/2 connection for another stream.
+    pub fn share(&self) -> Option<Connection> {
+        match &self.sender {
+            Sender::Http1(_) => None,
+            Sender::Http2(sender) => {
+                Some(Connection { sender: Sender::Http2(sender.clone()), scheme: self.scheme })
+            }
+        }
+    }
+
     /// Whether another request may be sent.
     pub async fn is_open(&mut self) -> bool {
         match &mut self.sender {

@@ -43,6 +43,7 @@ pub fn flags(folder: &Path, more: &[&str]) -> Vec<String> {
     let folder = folder.to_str().expect("a temporary folder has a plain name");
     let mut flags = vec!["ingress", "--manifests", folder, "--workers", "2", "--debounce", "10ms"];
     flags.extend(["--http-addr", "127.0.0.1:0", "--https-addr", "127.0.0.1:0"]);
+    flags.extend(["--admin-addr", "127.0.0.1:0"]);
     flags.extend(["--shutdown-grace-period", "0s", "--drain-timeout", "20s"]);
     flags.extend(more);
     flags.into_iter().map(str::to_owned).collect()
@@ -82,7 +83,7 @@ type Started = mpsc::SyncSender<(SocketAddr, SocketAddr, SocketAddr, watch::Rece
 
 async fn run(args: &IngressArgs, started: &Started, stopped: oneshot::Receiver<()>) -> bool {
     let state = Arc::new(AdminState::default());
-    let admin = admin::start("127.0.0.1:0".parse().expect("an address"), state.clone()).expect("admin");
+    let admin = admin::start(args.admin_addr, state.clone()).expect("admin");
     let (mut folder, snapshot) = Folder::open(&args.manifests, args.folder()).expect("a folder");
     let mut translation = Translation::new(args.objects.options());
     translation.update(&snapshot);

@@ -21,6 +21,19 @@ impl Identity {
         let made = rcgen::generate_simple_self_signed(hosts).expect("names");
         Identity { certificate: made.cert.pem(), key: made.signing_key.serialize_pem() }
     }
+
+    /// Not one line of the key, as PEM or as a Secret has it, is in `text`.
+    pub fn assert_is_secret_in(&self, text: &str, place: &str) {
+        assert!(!text.contains("PRIVATE"), "{place} holds a private key: {text}");
+        for line in self.key.lines().filter(|line| !line.starts_with("-----") && line.len() > 8) {
+            assert!(!text.contains(line), "{place} holds a line of a private key: {text}");
+        }
+        let encoded = STANDARD.encode(&self.key);
+        for piece in encoded.as_bytes().chunks(48).filter(|piece| piece.len() == 48) {
+            let piece = std::str::from_utf8(piece).expect("base64");
+            assert!(!text.contains(piece), "{place} holds a part of a Secret: {text}");
+        }
+    }
 }
 
 /// A TLS Secret, with a `---` before it as everything here.

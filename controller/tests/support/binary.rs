@@ -1,0 +1,90 @@
+//! The real binary, started as a user would and stopped as Kubernetes does.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use super::gate;
+
+/// A running `lockgate ingress`.
+pub struct Binary {
+    child: Child,
+    output: Option<[JoinHandle<String>; 2]>,
+    pub http: SocketAddr,
+    pub https: SocketAddr,
+    pub admin: SocketAddr,
+}
+
+impl Binary {
+    /// Returns when it has said where it serves.
+    pub fn start(folder: &Path, more: &[&str]) -> Binary {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lockgate"));
+        command.args(gate::flags(folder, more)).env("RUST_LOG", "trace");
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+        let lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+        let (say, said) = mpsc::sync_channel(3);
+        let stderr = std::thread::spawn(move || {
+            let mut all = String::new();
+            for line in lines.map_while(Result::ok) {
+                all += &line;
+                all.push('\n');
+                let mut words = line.split_whitespace();
+                if let (Some(what), Some(Ok(address))) = (words.next(), words.next().map(str::parse)) {
+                    // Full, or nobody listens any more, once all three are known.
+                    let _ = say.try_send((what.to_owned(), address));
+                }
+            }
+            all
+        });
+        let address = |wanted: &str| match said.recv() {
+            Ok((what, address)) if what == wanted => address,
+            other => panic!("expected {wanted}, heard {other:?}"),
+        };
+        let mut stdout = child.stdout.take().expect("piped");
+        let stdout = std::thread::spawn(move || {
+            let mut all = String::new();
+            // Whatever is not text shows in the assertions on it.
+            let _ = stdout.read_to_string(&mut all);
+            all
+        });
+        let (http, https, admin) = (address("http"), address("https"), address("admin"));
+        Binary { child, output: Some([stdout, stderr]), http, https, admin }
+    }
+
+    /// SIGTERM.
+    pub fn terminate(&self) {
+        let killed = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        assert!(killed.expect("kill").success());
+    }
+
+    /// Its exit status and all it wrote.
+    pub fn wait(mut self) -> (Option<i32>, String) {
+        let status = self.child.wait().expect("a child");
+        let output = self.output.take().expect("waited for once");
+        (status.code(), output.map(|output| output.join().expect("reads")).concat())
+    }
+}
+
+impl Drop for Binary {
+    fn drop(&mut self) {
+        // It has ended already, unless the test failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs curl; `None`, with a line that says so, where there is none.
+pub fn curl(arguments: &[&str]) -> Option<Output> {
+    match Command::new("curl").args(["--silent", "--show-error", "--max-time", "30"]).args(arguments).output()
+    {
+        Ok(output) => Some(output),
+        Err(error) => {
+            assert!(std::env::var_os("CI").is_none(), "curl is missing: {error}");
+            eprintln!("SKIPPED: curl cannot be run: {error}");
+            None
+        }
+    }
+}
