@@ -61,25 +61,27 @@ impl Conn {
 
     /// Writes all parts in order, in as few calls as the socket takes, and flushes.
     pub(crate) async fn send(&mut self, mut parts: [&[u8]; 3]) -> io::Result<()> {
-        std::future::poll_fn(|cx| {
-            while let Some(first) = parts.iter().position(|p| !p.is_empty()) {
-                let written = match &parts[first + 1..] {
-                    rest if rest.iter().all(|p| p.is_empty()) => {
-                        ready!(Pin::new(&mut *self).poll_write(cx, parts[first]))?
-                    }
-                    _ => {
-                        let slices = parts.map(io::IoSlice::new);
-                        ready!(Pin::new(&mut *self).poll_write_vectored(cx, &slices[first..]))?
-                    }
-                };
-                if written == 0 {
-                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        std::future::poll_fn(|cx| self.poll_send(cx, &mut parts)).await
+    }
+
+    /// As [`Conn::send`]; `parts` keep what is still to be written.
+    pub(crate) fn poll_send(&mut self, cx: &mut Context<'_>, parts: &mut [&[u8]; 3]) -> Poll<io::Result<()>> {
+        while let Some(first) = parts.iter().position(|p| !p.is_empty()) {
+            let written = match &parts[first + 1..] {
+                rest if rest.iter().all(|p| p.is_empty()) => {
+                    ready!(Pin::new(&mut *self).poll_write(cx, parts[first]))?
                 }
-                skip(&mut parts, written);
+                _ => {
+                    let slices = parts.map(io::IoSlice::new);
+                    ready!(Pin::new(&mut *self).poll_write_vectored(cx, &slices[first..]))?
+                }
+            };
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            Pin::new(&mut *self).poll_flush(cx)
-        })
-        .await
+            skip(parts, written);
+        }
+        Pin::new(&mut *self).poll_flush(cx)
     }
 
     /// Whether a pooled connection can carry another request. Costs no syscall

@@ -627,3 +627,30 @@ fn a_sticky_split_sets_its_cookie_once() {
     let (head, _) = read_response(&mut client);
     assert!(!head.contains("route="), "{head}");
 }
+
+#[test]
+fn a_client_may_write_all_before_it_reads() {
+    const UP: usize = 8 << 20;
+    const DOWN: usize = 16 << 20;
+    // Answers at once, and reads on while it does: more both ways than sockets hold.
+    let upstream = endpoint(|mut stream| {
+        read_head(&mut stream);
+        let mut writing = stream.try_clone().unwrap();
+        let writer = std::thread::spawn(move || {
+            write!(writing, "HTTP/1.1 200 OK\r\nContent-Length: {DOWN}\r\n\r\n").unwrap();
+            writing.write_all(&vec![b'd'; DOWN]).unwrap();
+        });
+        let mut body = vec![0; UP];
+        stream.read_exact(&mut body).unwrap();
+        assert!(body.iter().all(|&b| b == b'u'));
+        writer.join().unwrap();
+    });
+    let (proxy, _publisher) = proxy_to(&[upstream]);
+    let mut client = connect(proxy.http_addrs()[0]);
+    client.set_write_timeout(Some(PATIENCE)).unwrap();
+    write!(client, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {UP}\r\n\r\n").unwrap();
+    client.write_all(&vec![b'u'; UP]).unwrap();
+    let (head, body) = read_response(&mut client);
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+    assert!(body.len() == DOWN && body.bytes().all(|b| b == b'd'));
+}

@@ -4,6 +4,8 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 
+use tokio::time::Instant;
+
 use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
@@ -13,7 +15,7 @@ use crate::http::head::{Framing, HeaderRoom};
 use crate::http::record::Record;
 use crate::http::response::{BadResponse, ResponseHead};
 use crate::metrics::Reject;
-use crate::timer::Timer;
+use crate::timer::{Late, Timer};
 use crate::upstream::{Peer, Upstream};
 
 use super::body::Incoming;
@@ -284,6 +286,41 @@ enum Broken {
     Midway(&'static str),
 }
 
+/// Writes to a client that is still sending its body, and takes that body on
+/// meanwhile: a client may well read nothing before it has written everything.
+async fn send_uploading(
+    timer: &mut Timer,
+    source: &mut FromClient<'_>,
+    endpoint: &mut Conn,
+    mut parts: [&[u8]; 3],
+) -> bool {
+    loop {
+        let deadline = Instant::now() + source.write_timeout;
+        let moved = poll_fn(|cx| {
+            if let Poll::Ready(sent) = source.conn.poll_send(cx, &mut parts) {
+                return Poll::Ready(Some(sent.is_ok()));
+            }
+            if !source.is_active() {
+                return Poll::Pending;
+            }
+            match source.poll_upload(cx, endpoint) {
+                Poll::Ready(Ok(())) => Poll::Ready(None),
+                Poll::Ready(Err(UploadError::Endpoint)) => {
+                    source.abandon();
+                    Poll::Ready(None)
+                }
+                Poll::Ready(Err(_)) => Poll::Ready(Some(false)),
+                Poll::Pending => Poll::Pending,
+            }
+        });
+        match timer.within(deadline, moved).await {
+            Ok(Some(sent)) => return sent,
+            Ok(None) => {}
+            Err(Late) => return false,
+        }
+    }
+}
+
 /// Moves the body. The head in `out` leaves with its first piece.
 async fn deliver(
     order: &Order<'_>,
@@ -309,7 +346,11 @@ async fn deliver(
         }
         body.frame(chunked, piece, out, &mut after);
         let parts = [out.as_slice(), &answer.filled()[..piece.data], after.as_slice()];
-        if !send(timer, source.conn, source.write_timeout, parts).await {
+        let sent = match source.is_active() {
+            false => send(timer, source.conn, source.write_timeout, parts).await,
+            true => send_uploading(timer, source, endpoint, parts).await,
+        };
+        if !sent {
             return Err(Broken::Midway("client closed the connection"));
         }
         record.bytes_out += piece.data as u64;
