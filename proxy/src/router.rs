@@ -25,7 +25,7 @@ mod path_trie;
 mod slots;
 
 use host_map::ByHost;
-use path_trie::PathTrie;
+use path_trie::{PathTrie, PathTries};
 use slots::{Numbers, Pools, Slots};
 
 /// What outlives generations: one per process.
@@ -42,21 +42,24 @@ pub struct Live {
 pub struct Router {
     table: RoutingTable,
     generation: u64,
-    hosts: ByHost<Arc<CompiledHost>>,
+    hosts: ByHost<CompiledHost>,
     certificates: ByHost<Arc<Vec<Arc<Certificate>>>>,
     pools: Pools,
     slots: Slots,
     /// Of [`crate::balance::Turns`], for splits.
     turns: Numbers,
+    /// One for all generations.
+    tries: Arc<PathTries>,
     vacant: Arc<CompiledPool>,
 }
 
 /// The rules of one host.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct CompiledHost {
-    paths: PathTrie,
+    /// Shared by all hosts with the same paths, most of which stay in the cache for it.
+    paths: Arc<PathTrie>,
     /// Sorted by path, each path once; the trie names them by index.
-    rules: Box<[CompiledRule]>,
+    rules: Arc<[CompiledRule]>,
 }
 
 /// What [`Router::find`] found.
@@ -110,6 +113,7 @@ impl Router {
             pools: Pools::default(),
             slots: Slots::default(),
             turns: Numbers::default(),
+            tries: Arc::default(),
             vacant: Arc::new(CompiledPool::empty(u32::MAX)),
         }
     }
@@ -130,6 +134,7 @@ impl Router {
             pools: self.pools.clone(),
             slots: self.slots.clone(),
             turns: self.turns.clone(),
+            tries: self.tries.clone(),
             vacant: self.vacant.clone(),
         }
     }

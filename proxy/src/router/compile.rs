@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
-use super::path_trie::PathTrie;
 use super::{CompiledAction, CompiledHost, CompiledRule, Live, Router};
 use crate::balance::{CompiledEndpoint, CompiledPool};
 use crate::certificate::Certificate;
@@ -96,29 +95,29 @@ impl<'a> Patch<'a> {
             }
             DiffItem::Update { old: (_, old), new: (pattern, host) } => {
                 let before = self.router.hosts.get(pattern).cloned();
-                let rules = OldRules::new(old, before.as_deref());
+                let rules = OldRules::new(old, before.as_ref());
                 let compiled = self.compile_host(host, &rules);
-                self.retire(before.as_deref(), Some((&rules, host)));
+                self.retire(before.as_ref(), Some((&rules, host)));
                 self.router.hosts.insert(pattern, compiled);
             }
             DiffItem::Remove(pattern, _) => {
                 let before = self.router.hosts.get(pattern).cloned();
-                self.retire(before.as_deref(), None);
+                self.retire(before.as_ref(), None);
                 self.router.hosts.remove(pattern);
             }
         }
     }
 
-    fn compile_host(&mut self, host: &Host, old: &OldRules) -> Arc<CompiledHost> {
-        let rules: Box<[CompiledRule]> = sorted(host)
+    fn compile_host(&mut self, host: &Host, old: &OldRules) -> CompiledHost {
+        let rules: Arc<[CompiledRule]> = sorted(host)
             .into_iter()
             .map(|rule| match old.unchanged(rule) {
                 Some(compiled) => compiled.clone(),
                 None => self.compile_rule(rule, old.turn(&rule.path)),
             })
             .collect();
-        let paths = PathTrie::new(rules.iter().map(|rule| &rule.path));
-        Arc::new(CompiledHost { paths, rules })
+        let paths = self.router.tries.get(rules.iter().map(|rule| &rule.path));
+        CompiledHost { paths, rules }
     }
 
     fn compile_rule(&mut self, rule: &Rule, turn: Option<u32>) -> CompiledRule {

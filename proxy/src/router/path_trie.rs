@@ -4,6 +4,9 @@
 //! Nodes lie in one array, the children of a node side by side and sorted by
 //! first byte; the bytes of all nodes lie in another.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
 use crate::table::PathMatch;
 
 const NONE: u32 = u32::MAX;
@@ -76,6 +79,38 @@ impl PathTrie {
             node = &self.nodes[node.first_child as usize + child];
         }
         (best.1 != NONE).then_some(best.1)
+    }
+}
+
+/// The tries in use, by their paths. Locked, so used only while a table is compiled.
+#[derive(Debug, Default)]
+pub(super) struct PathTries(Mutex<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    tries: HashMap<Box<[PathMatch]>, Weak<PathTrie>, foldhash::fast::RandomState>,
+    /// Size at which the dead are swept out.
+    sweep_at: usize,
+}
+
+/// Below this many entries dead ones are not worth looking for.
+const SWEEP_FROM: usize = 256;
+
+impl PathTries {
+    /// The trie of `paths`, made if no host has it.
+    pub(super) fn get<'a>(&self, paths: impl Iterator<Item = &'a PathMatch> + Clone) -> Arc<PathTrie> {
+        let key: Box<[PathMatch]> = paths.clone().cloned().collect();
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(trie) = known.tries.get(&key).and_then(Weak::upgrade) {
+            return trie;
+        }
+        if known.tries.len() >= known.sweep_at.max(SWEEP_FROM) {
+            known.tries.retain(|_, trie| trie.strong_count() > 0);
+            known.sweep_at = known.tries.len() * 2;
+        }
+        let trie = Arc::new(PathTrie::new(paths));
+        known.tries.insert(key, Arc::downgrade(&trie));
+        trie
     }
 }
 

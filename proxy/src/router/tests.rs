@@ -150,7 +150,7 @@ fn check_invariants(router: &Router) {
     let mut seen = BTreeSet::new();
     for pattern in router.table.hosts.keys() {
         let host = router.hosts.get(pattern).expect("every host is compiled");
-        for rule in &host.rules {
+        for rule in host.rules.iter() {
             if let CompiledAction::Forward(split) = &rule.action {
                 assert!(split.turn().is_none_or(|turn| seen.insert(turn)), "two splits share a turn");
             }
@@ -218,8 +218,8 @@ fn patching_gives_the_same_router_as_starting_over() {
     }
 }
 
-fn compiled_host(router: &Router, host: &str) -> Arc<CompiledHost> {
-    router.hosts.get(&HostPattern::new(host)).expect("host exists").clone()
+fn rules_of(router: &Router, host: &str) -> Arc<[CompiledRule]> {
+    router.hosts.get(&HostPattern::new(host)).expect("host exists").rules.clone()
 }
 
 #[test]
@@ -236,13 +236,13 @@ fn a_change_compiles_nothing_else() {
 
     desired.hosts.insert(HostPattern::new("a"), Arc::new(Host { rules: vec![prefix("/y", &[(0, 1)])] }));
     let second = first.compile(desired.clone(), &live);
-    assert!(Arc::ptr_eq(&compiled_host(&first, "b"), &compiled_host(&second, "b")));
-    assert!(!Arc::ptr_eq(&compiled_host(&first, "a"), &compiled_host(&second, "a")));
+    assert!(Arc::ptr_eq(&rules_of(&first, "b"), &rules_of(&second, "b")));
+    assert!(!Arc::ptr_eq(&rules_of(&first, "a"), &rules_of(&second, "a")));
 
     desired.pools.insert(key(0), pool([2, 7]));
     let third = second.compile(desired, &live);
     for host in ["a", "b"] {
-        assert!(Arc::ptr_eq(&compiled_host(&second, host), &compiled_host(&third, host)), "{host}");
+        assert!(Arc::ptr_eq(&rules_of(&second, host), &rules_of(&third, host)), "{host}");
     }
     let id = |router: &Router, index: usize| router.pool_by_key(&key(0)).unwrap().endpoints[index].live.id;
     assert_eq!(id(&second, 1), id(&third, 0), "an endpoint that stays keeps its live state");
@@ -343,4 +343,15 @@ fn old_generations_are_freed_by_the_publisher() {
     worker.load();
     publisher.collect();
     assert_eq!(publisher.retired.len(), 0);
+}
+
+#[test]
+fn hosts_with_the_same_paths_share_one_trie() {
+    let live = Live::default();
+    let rules = |target| [prefix("/", &[(target, 1)]), prefix("/x", &[(target, 1)])];
+    let desired = table(&[("a", &rules(0)), ("b", &rules(1)), ("c", &[prefix("/", &[(0, 1)])])], &[]);
+    let router = Router::empty().compile(desired, &live);
+    let trie = |host| router.hosts.get(&HostPattern::new(host)).expect("host exists").paths.clone();
+    assert!(Arc::ptr_eq(&trie("a"), &trie("b")));
+    assert!(!Arc::ptr_eq(&trie("a"), &trie("c")));
 }
