@@ -9,7 +9,6 @@ use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
 use foldhash::quality::RandomState;
-use smallvec::SmallVec;
 
 use crate::table::HostPattern;
 
@@ -83,7 +82,7 @@ impl Place<'_> {
 /// Tables by the upper bits of the hash.
 const WAYS: usize = 1024;
 
-type Root<V> = [Option<Arc<Table<V>>>; WAYS];
+type Root<V> = [Table<V>; WAYS];
 
 #[derive(Debug)]
 struct HostMap<V> {
@@ -92,19 +91,48 @@ struct HostMap<V> {
     hasher: RandomState,
 }
 
-/// Linear probing; a power of two of slots, at most three quarters of them taken.
+/// Linear probing; a power of two of slots, at most three quarters of them
+/// taken, or no slots at all.
 #[derive(Clone, Debug)]
 struct Table<V> {
-    slots: Box<[Option<Entry<V>>]>,
-    len: usize,
+    slots: Arc<[Option<Entry<V>>]>,
+    len: u32,
 }
 
+/// With the values of the router exactly one cache line.
 #[derive(Clone, Debug)]
+#[repr(align(64))]
 struct Entry<V> {
     hash: u64,
-    /// Names up to this length need no look elsewhere.
-    name: SmallVec<[u8; 32]>,
+    name: Name,
     value: V,
+}
+
+/// A name that, unless it is long, needs no look elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Name {
+    Short { len: u8, bytes: [u8; 30] },
+    Long(Box<str>),
+}
+
+impl Name {
+    fn new(name: &str) -> Name {
+        let mut bytes = [0; 30];
+        match bytes.get_mut(..name.len()) {
+            Some(short) => {
+                short.copy_from_slice(name.as_bytes());
+                Name::Short { len: name.len() as u8, bytes }
+            }
+            None => Name::Long(name.into()),
+        }
+    }
+
+    fn is(&self, name: &str) -> bool {
+        match self {
+            Name::Short { len, bytes } => bytes[..usize::from(*len)] == *name.as_bytes(),
+            Name::Long(long) => **long == *name,
+        }
+    }
 }
 
 impl<V> Default for HostMap<V> {
@@ -121,10 +149,8 @@ impl<V> Clone for HostMap<V> {
 
 impl<V> HostMap<V> {
     fn get(&self, name: &str) -> Option<&V> {
-        let root = self.root.as_ref()?;
         let hash = self.hash(name);
-        let table = root[way(hash)].as_ref()?;
-        table.slots[table.position(hash, name)].as_ref().map(|entry| &entry.value)
+        self.root.as_ref()?[way(hash)].get(hash, name).map(|entry| &entry.value)
     }
 
     fn hash(&self, name: &str) -> u64 {
@@ -137,13 +163,15 @@ impl<V> HostMap<V> {
 impl<V: Clone> HostMap<V> {
     fn insert(&mut self, name: &str, value: V) {
         let hash = self.hash(name);
-        let root = self.root.get_or_insert_with(|| Arc::new([const { None }; WAYS]));
-        let table = Arc::make_mut(root)[way(hash)].get_or_insert_with(|| Arc::new(Table::with_room_for(1)));
-        let table = Arc::make_mut(table);
-        if table.slots[table.position(hash, name)].is_none() && (table.len + 1) * 4 > table.slots.len() * 3 {
-            *table = table.rebuilt(table.len + 1, |_| true);
+        let root = self.root.get_or_insert_with(|| {
+            let empty = Table::with_room_for(0);
+            Arc::new(std::array::from_fn(|_| empty.clone()))
+        });
+        let table = &mut Arc::make_mut(root)[way(hash)];
+        if table.get(hash, name).is_none() && (table.len as usize + 1) * 4 > table.slots.len() * 3 {
+            *table = table.rebuilt(table.len as usize + 1, |_| true);
         }
-        table.put(Entry { hash, name: SmallVec::from_slice(name.as_bytes()), value });
+        table.put(Entry { hash, name: Name::new(name), value });
     }
 
     fn remove(&mut self, name: &str) {
@@ -152,47 +180,45 @@ impl<V: Clone> HostMap<V> {
         }
         let hash = self.hash(name);
         let Some(root) = &mut self.root else { return };
-        let slot = &mut Arc::make_mut(root)[way(hash)];
-        let Some(table) = slot else { return };
+        let table = &mut Arc::make_mut(root)[way(hash)];
         // Rebuilt, because a gap would end the search for names behind it.
-        let rest = table.rebuilt(table.len - 1, |entry| entry.name.as_slice() != name.as_bytes());
-        *slot = (rest.len > 0).then(|| Arc::new(rest));
+        *table = table.rebuilt(table.len as usize - 1, |entry| !entry.name.is(name));
     }
 }
 
 impl<V> Table<V> {
     fn with_room_for(len: usize) -> Table<V> {
-        let slots = (len * 4 / 3 + 1).next_power_of_two();
+        let slots = if len == 0 { 0 } else { (len * 4 / 3 + 1).next_power_of_two() };
         Table { slots: std::iter::repeat_with(|| None).take(slots).collect(), len: 0 }
     }
 
-    /// The slot of `name`, or the empty one where it belongs. There always is
-    /// an empty one.
-    fn position(&self, hash: u64, name: &str) -> usize {
-        let mask = self.slots.len() - 1;
+    fn get(&self, hash: u64, name: &str) -> Option<&Entry<V>> {
+        let mask = self.slots.len().wrapping_sub(1);
         let mut at = hash as usize & mask;
-        while let Some(entry) = &self.slots[at] {
-            if entry.hash == hash && entry.name.as_slice() == name.as_bytes() {
-                break;
+        loop {
+            // Ends at an empty slot, of which there is one, or at once if there are no slots.
+            let entry = self.slots.get(at)?.as_ref()?;
+            if entry.hash == hash && entry.name.is(name) {
+                return Some(entry);
             }
             at = (at + 1) & mask;
         }
-        at
-    }
-
-    /// The slot must be known to be free, or to hold the same name.
-    fn put(&mut self, entry: Entry<V>) {
-        let mask = self.slots.len() - 1;
-        let mut at = entry.hash as usize & mask;
-        while self.slots[at].as_ref().is_some_and(|e| e.hash != entry.hash || e.name != entry.name) {
-            at = (at + 1) & mask;
-        }
-        self.len += usize::from(self.slots[at].is_none());
-        self.slots[at] = Some(entry);
     }
 }
 
 impl<V: Clone> Table<V> {
+    /// There must be room, or an entry of the same name to take the place of.
+    fn put(&mut self, entry: Entry<V>) {
+        let slots = Arc::make_mut(&mut self.slots);
+        let mask = slots.len() - 1;
+        let mut at = entry.hash as usize & mask;
+        while slots[at].as_ref().is_some_and(|e| e.hash != entry.hash || e.name != entry.name) {
+            at = (at + 1) & mask;
+        }
+        self.len += u32::from(slots[at].is_none());
+        slots[at] = Some(entry);
+    }
+
     /// The entries to `keep`, in a table with room for `len` of them.
     fn rebuilt(&self, len: usize, keep: impl Fn(&Entry<V>) -> bool) -> Table<V> {
         let mut table = Table::with_room_for(len);
@@ -269,6 +295,24 @@ mod tests {
                 assert_eq!(map.get(&name), model.get(&name), "seed {seed} {name}");
             }
         }
+    }
+
+    #[test]
+    fn an_entry_of_the_router_is_one_cache_line() {
+        type Slot = Option<Entry<(Arc<()>, Arc<[u8]>)>>;
+        assert_eq!((size_of::<Slot>(), align_of::<Slot>()), (64, 64));
+    }
+
+    #[test]
+    fn long_names_are_names_too() {
+        let mut map = HostMap::default();
+        for len in [1, 29, 30, 31, 32, 200, 253] {
+            map.insert(&"x".repeat(len), len);
+        }
+        for len in [1, 29, 30, 31, 32, 200, 253] {
+            assert_eq!(map.get(&"x".repeat(len)), Some(&len));
+        }
+        assert_eq!(map.get(&"x".repeat(28)), None);
     }
 
     #[test]
