@@ -91,8 +91,8 @@ struct HostMap<V> {
     hasher: RandomState,
 }
 
-/// Linear probing; a power of two of slots, at most three quarters of them
-/// taken, or no slots at all.
+/// Linear probing, with two thirds to four fifths of the slots taken, or no
+/// slots at all: fewer pages of memory matter more than shorter searches.
 #[derive(Clone, Debug)]
 struct Table<V> {
     slots: Arc<[Option<Entry<V>>]>,
@@ -168,7 +168,7 @@ impl<V: Clone> HostMap<V> {
             Arc::new(std::array::from_fn(|_| empty.clone()))
         });
         let table = &mut Arc::make_mut(root)[way(hash)];
-        if table.get(hash, name).is_none() && (table.len as usize + 1) * 4 > table.slots.len() * 3 {
+        if table.get(hash, name).is_none() && (table.len as usize + 1) * 5 > table.slots.len() * 4 {
             *table = table.rebuilt(table.len as usize + 1, |_| true);
         }
         table.put(Entry { hash, name: Name::new(name), value });
@@ -188,20 +188,19 @@ impl<V: Clone> HostMap<V> {
 
 impl<V> Table<V> {
     fn with_room_for(len: usize) -> Table<V> {
-        let slots = if len == 0 { 0 } else { (len * 4 / 3 + 1).next_power_of_two() };
+        let slots = if len == 0 { 0 } else { len * 3 / 2 + 1 };
         Table { slots: std::iter::repeat_with(|| None).take(slots).collect(), len: 0 }
     }
 
     fn get(&self, hash: u64, name: &str) -> Option<&Entry<V>> {
-        let mask = self.slots.len().wrapping_sub(1);
-        let mut at = hash as usize & mask;
+        let mut at = home(hash, self.slots.len());
         loop {
             // Ends at an empty slot, of which there is one, or at once if there are no slots.
             let entry = self.slots.get(at)?.as_ref()?;
             if entry.hash == hash && entry.name.is(name) {
                 return Some(entry);
             }
-            at = (at + 1) & mask;
+            at = next(at, self.slots.len());
         }
     }
 }
@@ -210,10 +209,9 @@ impl<V: Clone> Table<V> {
     /// There must be room, or an entry of the same name to take the place of.
     fn put(&mut self, entry: Entry<V>) {
         let slots = Arc::make_mut(&mut self.slots);
-        let mask = slots.len() - 1;
-        let mut at = entry.hash as usize & mask;
+        let mut at = home(entry.hash, slots.len());
         while slots[at].as_ref().is_some_and(|e| e.hash != entry.hash || e.name != entry.name) {
-            at = (at + 1) & mask;
+            at = next(at, slots.len());
         }
         self.len += u32::from(slots[at].is_none());
         slots[at] = Some(entry);
@@ -231,6 +229,15 @@ impl<V: Clone> Table<V> {
 
 fn way(hash: u64) -> usize {
     (hash >> 54) as usize
+}
+
+/// Where the search for a hash begins: its lower half, scaled to the slots.
+fn home(hash: u64, slots: usize) -> usize {
+    (((hash & 0xffff_ffff) * slots as u64) >> 32) as usize
+}
+
+fn next(at: usize, slots: usize) -> usize {
+    if at + 1 == slots { 0 } else { at + 1 }
 }
 
 #[cfg(test)]
