@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::LocalOptions;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::access_log::{AccessLog, WorkerLog};
@@ -23,6 +23,9 @@ use crate::worker::{Parts, Worker};
 /// How often a worker looks after its pools and logs.
 const TICK: Duration = Duration::from_secs(1);
 
+/// How long the access log may take for what is still to be written when everything else has ended.
+const LAST_LINES: Duration = Duration::from_secs(2);
+
 /// How often a draining worker looks whether its last connection has gone.
 const DRAIN_TICK: Duration = Duration::from_millis(20);
 
@@ -36,6 +39,7 @@ pub struct Proxy {
     stop: watch::Sender<bool>,
     /// A message from each worker that had to cut connections; closed when the last has ended.
     ended: mpsc::Receiver<()>,
+    log: Option<AccessLog>,
 }
 
 /// Why a proxy cannot start.
@@ -90,12 +94,12 @@ impl Proxy {
         let (publisher, routes) = routes(live.clone());
         let default = Arc::new(Certificate::self_signed(&["lockgate.invalid"])?);
         let tls = Tls::new(Arc::new(routes.clone()), default, &config.tls)?;
-        let logs = match &config.access_log {
-            None => Vec::new(),
+        let (access_log, logs) = match &config.access_log {
+            None => (None, Vec::new()),
             Some(log) => {
                 let workers: Vec<_> = (0..config.workers).map(|i| live.metrics.worker(i)).collect();
-                let (_, logs) = AccessLog::start(log, &workers).map_err(StartError::AccessLog)?;
-                logs
+                let (log, logs) = AccessLog::start(log, &workers).map_err(StartError::AccessLog)?;
+                (Some(log), logs)
             }
         };
         let (http, https, sockets) = bind_all(&config)?;
@@ -117,7 +121,7 @@ impl Proxy {
             let thread = std::thread::Builder::new().name(format!("lockgate-{index}"));
             thread.spawn(move || seed.run(sockets)).map_err(StartError::Thread)?;
         }
-        Ok((Proxy { http, https, config, live, routes, stop, ended }, publisher))
+        Ok((Proxy { http, https, config, live, routes, stop, ended, log: access_log }, publisher))
     }
 
     /// Where plaintext is served, with real ports.
@@ -160,7 +164,20 @@ impl Proxy {
             }
             all
         };
-        tokio::time::timeout(limit, finished).await.unwrap_or(false)
+        let all = tokio::time::timeout(limit, finished).await.unwrap_or(false);
+        if let Some(log) = self.log.take() {
+            // The workers have handed over their last lines; a destination that takes none must not hold us.
+            let (done, written) = oneshot::channel();
+            std::thread::spawn(move || {
+                log.join();
+                // Nobody waits any more once the time is up.
+                let _ = done.send(());
+            });
+            if tokio::time::timeout(LAST_LINES, written).await.is_err() {
+                tracing::warn!("the last lines of the access log could not be written");
+            }
+        }
+        all
     }
 }
 
