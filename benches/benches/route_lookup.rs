@@ -24,19 +24,24 @@ fn host_name(n: usize) -> String {
     format!("app-{n}.team-{}.example", n % 97)
 }
 
+/// The path as all hosts have it, or with the host's number in it: then no two hosts share a trie.
+fn path_of(path: &str, n: usize, own: bool) -> String {
+    if own { format!("{path}-{n}") } else { path.to_owned() }
+}
+
 fn pool_key(n: usize) -> PoolKey {
     PoolKey(format!("team-{}/app-{n}:80", n % 97).into())
 }
 
 /// Host number `n`; `weight` makes one edition differ from another.
-fn host(n: usize, weight: u32) -> Arc<Host> {
+fn host(n: usize, weight: u32, own_paths: bool) -> Arc<Host> {
     let origin = Arc::new(Origin {
         kind: "Ingress",
         namespace: format!("team-{}", n % 97).into(),
         name: format!("app-{n}").into(),
     });
     let rule = |path: &&str| Rule {
-        path: PathMatch::Prefix((*path).into()),
+        path: PathMatch::Prefix(path_of(path, n, own_paths).into()),
         origin: origin.clone(),
         https_redirect: false,
         action: Action::Forward(Split {
@@ -49,10 +54,10 @@ fn host(n: usize, weight: u32) -> Arc<Host> {
     Arc::new(Host { rules: PATHS.iter().map(rule).collect() })
 }
 
-fn table(hosts: usize) -> RoutingTable {
+fn table(hosts: usize, own_paths: bool) -> RoutingTable {
     let mut table = RoutingTable::default();
     for n in 0..hosts {
-        table.hosts.insert(HostPattern::new(&host_name(n)), host(n, 1));
+        table.hosts.insert(HostPattern::new(&host_name(n)), host(n, 1, own_paths));
         let address = ([10, (n >> 16) as u8, (n >> 8) as u8, n as u8], 8080).into();
         let endpoints = vec![Endpoint { address, weight: 1, zone: None }];
         table.pools.insert(pool_key(n), Arc::new(Pool { endpoints, ..Pool::default() }));
@@ -78,9 +83,13 @@ fn zipf(hosts: usize, random: &mut fastrand::Rng) -> Vec<usize> {
     (0..REQUESTS).map(draw).collect()
 }
 
-fn requests(hosts: &[usize], random: &mut fastrand::Rng) -> Vec<(String, String)> {
-    let request =
-        |n: &usize| (host_name(*n), format!("{}/item/{}", PATHS[random.usize(1..10)], random.u16(..)));
+fn requests(hosts: &[usize], own_paths: bool, random: &mut fastrand::Rng) -> Vec<(String, String)> {
+    let request = |n: &usize| {
+        (
+            host_name(*n),
+            format!("{}/item/{}", path_of(PATHS[random.usize(1..10)], *n, own_paths), random.u16(..)),
+        )
+    };
     hosts.iter().map(request).collect()
 }
 
@@ -137,16 +146,18 @@ fn lookup(c: &mut Criterion) {
     let mut group = c.benchmark_group("route_lookup");
     group.throughput(Throughput::Elements(1));
     let mut random = fastrand::Rng::with_seed(1);
-    for hosts in [1, 1_000, 10_000, 100_000] {
-        let router = Router::empty().compile(table(hosts), &Live::default());
+    for (hosts, own_paths) in [(1, false), (1_000, false), (10_000, false), (100_000, false), (100_000, true)]
+    {
+        let router = Router::empty().compile(table(hosts, own_paths), &Live::default());
         let uniform: Vec<usize> = (0..REQUESTS).map(|_| random.usize(0..hosts)).collect();
         for (name, numbers) in [("uniform", uniform), ("zipf", zipf(hosts, &mut random))] {
-            let requests = requests(&numbers, &mut random);
+            let name = if own_paths { format!("{name}_own_paths") } else { name.to_owned() };
+            let requests = requests(&numbers, own_paths, &mut random);
             let mut batches = Batches::new(requests);
-            group.bench_function(BenchmarkId::new(name, hosts), |b| {
+            group.bench_function(BenchmarkId::new(&name, hosts), |b| {
                 b.iter_custom(|iterations| batches.time(&router, iterations));
             });
-            batches.report(name, hosts);
+            batches.report(&name, hosts);
         }
     }
     group.finish();
@@ -155,7 +166,7 @@ fn lookup(c: &mut Criterion) {
 fn compile_one_of_many(c: &mut Criterion) {
     const HOSTS: usize = 100_000;
     let live = Live::default();
-    let original = table(HOSTS);
+    let original = table(HOSTS, false);
     let router = Router::empty().compile(original.clone(), &live);
     let mut group = c.benchmark_group("compile");
     let mut weight = 1;
@@ -164,7 +175,7 @@ fn compile_one_of_many(c: &mut Criterion) {
             weight += 1;
             let mut table = original.clone();
             let n = weight as usize * 7_919 % HOSTS;
-            table.hosts.insert(HostPattern::new(&host_name(n)), host(n, weight));
+            table.hosts.insert(HostPattern::new(&host_name(n)), host(n, weight, false));
             table
         };
         b.iter_batched(changed, |table| router.compile(table, &live), BatchSize::SmallInput);
