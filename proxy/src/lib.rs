@@ -22,6 +22,7 @@ mod http;
 mod listener;
 pub mod metrics;
 mod proxy;
+pub mod proxy_protocol;
 pub mod router;
 #[allow(dead_code, reason = "used by what relays TCP, and by bodies, next")]
 mod splice;
