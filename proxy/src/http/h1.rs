@@ -203,7 +203,7 @@ impl Http1 {
         let Some(head) = RequestHead::parse(self.input.filled(), &mut room, &worker.config.limits)? else {
             return Ok(None);
         };
-        let forwarded = self.client.forwarded(&forward::claims(&head));
+        let forwarded = self.client.forwarded(|| forward::claims(&head));
         let view = Http1View { head: &head, client: forwarded.address };
         let https = forwarded.is_https(&self.client);
         let asked = Asked { authority: head.host, path: head.path(), https };
@@ -246,7 +246,7 @@ impl Http1 {
             notes,
         };
         let length = head.length;
-        drop(head);
+        drop((head, forwarded));
         self.input.consume(length);
         Ok(Some(plan))
     }

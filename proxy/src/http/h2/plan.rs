@@ -48,7 +48,7 @@ pub(super) fn plan<'r>(
     if *request.method() == Method::CONNECT {
         return Err(Reject { status: 405, reason: "method not allowed" });
     }
-    let forwarded = client.forwarded(&map::claims(request.headers()));
+    let forwarded = client.forwarded(|| map::claims(request.headers()));
     let view = map::MapView { headers: request.headers(), client: forwarded.address };
     let https = forwarded.is_https(client);
     let asked = Asked { authority: &authority, path: request.uri().path().as_bytes(), https };
