@@ -14,6 +14,7 @@ pub mod access_log;
 pub mod balance;
 mod buffer;
 pub mod certificate;
+pub mod client_hello;
 pub mod clock;
 pub mod config;
 mod conn;
