@@ -20,6 +20,7 @@ pub mod config;
 mod conn;
 pub mod endpoint;
 mod http;
+mod limit;
 mod listener;
 pub mod metrics;
 mod proxy;
