@@ -8,6 +8,7 @@
 //! ```
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
@@ -15,6 +16,7 @@ use crate::balance::CompiledPool;
 use crate::certificate::Certificate;
 use crate::endpoint::Endpoints;
 use crate::metrics::Metrics;
+use crate::proxy_protocol;
 use crate::split::CompiledSplit;
 use crate::table::{Origin, PathMatch, PoolKey, RoutingTable, RuleLimits};
 use crate::tls::{Candidates, CertificateLookup};
@@ -43,6 +45,7 @@ pub struct Router {
     table: RoutingTable,
     generation: u64,
     hosts: ByHost<CompiledHost>,
+    passthrough: ByHost<CompiledPassthrough>,
     certificates: ByHost<Arc<Vec<Arc<Certificate>>>>,
     pools: Pools,
     slots: Slots,
@@ -98,6 +101,17 @@ pub struct CompiledRule {
     pub action: CompiledAction,
 }
 
+/// Where the TLS of a host goes unopened.
+#[derive(Clone, Debug)]
+pub struct CompiledPassthrough {
+    /// The argument of [`Router::pool`].
+    pub pool: u32,
+    /// `None` takes the process-wide value.
+    pub connect_timeout: Option<Duration>,
+    /// The PROXY header that endpoints want.
+    pub proxy_protocol: Option<proxy_protocol::Version>,
+}
+
 /// What a rule does with a request.
 #[derive(Clone, Debug)]
 pub enum CompiledAction {
@@ -119,6 +133,7 @@ impl Router {
             table: RoutingTable::default(),
             generation: 0,
             hosts: ByHost::default(),
+            passthrough: ByHost::default(),
             certificates: ByHost::default(),
             pools: Pools::default(),
             slots: Slots::default(),
@@ -140,6 +155,7 @@ impl Router {
             table: self.table.clone(),
             generation: self.generation,
             hosts: self.hosts.clone(),
+            passthrough: self.passthrough.clone(),
             certificates: self.certificates.clone(),
             pools: self.pools.clone(),
             slots: self.slots.clone(),
@@ -159,6 +175,19 @@ impl Router {
             Some(rule) => Found::Rule(&host.value().rules[rule as usize]),
             None => Found::NoPath,
         }
+    }
+
+    /// Whether any host is passed through: only then is it worth asking which.
+    pub fn has_passthrough(&self) -> bool {
+        !self.table.passthrough.is_empty()
+    }
+
+    /// Where TLS for an SNI name (lower case, no trailing dot) goes unopened.
+    /// `None`: it ends here, as it does for an exact host with rules below a
+    /// wildcard that is passed through.
+    pub fn passthrough(&self, server_name: &str) -> Option<&CompiledPassthrough> {
+        let (found, exact) = self.passthrough.find_named(server_name)?;
+        (exact || !self.hosts.has_exact(server_name)).then_some(found.value())
     }
 
     /// The pool in `slot`, as found in a [`crate::split::CompiledBackend`] of this router.
