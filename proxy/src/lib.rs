@@ -18,6 +18,7 @@ pub mod clock;
 pub mod config;
 mod conn;
 pub mod endpoint;
+pub mod handover;
 mod http;
 mod listener;
 pub mod metrics;
