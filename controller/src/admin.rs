@@ -72,8 +72,8 @@ impl AdminState {
     }
 
     /// Another process has the endpoint's socket: this one accepts no more from it.
+    /// It still says ready on connections it has: who asks means the address, and that is served.
     pub fn relieved(&self) {
-        self.draining();
         self.relieved.notify_one();
     }
 
