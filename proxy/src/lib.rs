@@ -19,6 +19,7 @@ pub mod clock;
 pub mod config;
 mod conn;
 pub mod endpoint;
+pub mod handover;
 mod http;
 mod limit;
 mod listener;
