@@ -50,6 +50,11 @@ impl FromStream {
         }
     }
 
+    /// What the client goes on to send.
+    pub(super) fn into_body(self) -> RecvStream {
+        self.body
+    }
+
     fn unwritten(&self) -> usize {
         self.before.len() + self.data.len() + self.after.len() - self.written
     }
@@ -188,6 +193,9 @@ impl Source for Watched<'_> {
     }
 
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Result<Piece, UploadError>> {
+        if self.source.abandoned {
+            return Poll::Pending;
+        }
         self.source.poll_receive(cx)
     }
 
