@@ -117,8 +117,7 @@ impl Stream<'_> {
         }
         let mut source = FromStream::new(body, framing, limit);
         if plan.websocket.is_some() {
-            // What the client sends belongs to the tunnel.
-            source.abandon();
+            source.withhold();
         }
         let done = match (&plan.request, &plan.websocket) {
             (None, None) => self.over_http1(&order, &mut source, &plan.head).await.map(|()| None),
