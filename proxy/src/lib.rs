@@ -18,6 +18,8 @@ pub mod clock;
 pub mod config;
 mod conn;
 pub mod endpoint;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 mod http;
 mod listener;
 pub mod metrics;
