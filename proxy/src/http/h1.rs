@@ -32,6 +32,7 @@ use super::record::{Notes, Record, Texts, finish};
 use super::{Asked, Verdict, decide, is_idempotent, phrase, write_https_location};
 
 mod body;
+mod bulk;
 mod over_h2;
 mod relay;
 mod upload;
