@@ -19,12 +19,13 @@ pub mod config;
 mod conn;
 pub mod endpoint;
 mod http;
+pub mod l4;
 mod listener;
 pub mod metrics;
 mod proxy;
 pub mod proxy_protocol;
+mod relay;
 pub mod router;
-#[allow(dead_code, reason = "used by what relays TCP, and by bodies, next")]
 mod splice;
 pub mod split;
 pub mod table;

@@ -14,6 +14,7 @@ use crate::access_log::{AccessLog, WorkerLog};
 use crate::certificate::{Certificate, CertificateError};
 use crate::config::Config;
 use crate::endpoint::Endpoints;
+use crate::l4::{self, ListenerStates, Opener};
 use crate::listener;
 use crate::metrics::Metrics;
 use crate::router::{Live, Publisher, Routes, routes};
@@ -90,7 +91,8 @@ impl Proxy {
     pub fn start(config: Config) -> Result<(Proxy, Publisher), StartError> {
         let config = Arc::new(Config { workers: config.workers.max(1), ..config });
         let metrics = Metrics::new(config.workers);
-        let live = Arc::new(Live { endpoints: Endpoints::default(), metrics });
+        let live =
+            Arc::new(Live { endpoints: Endpoints::default(), metrics, listeners: ListenerStates::default() });
         let (publisher, routes) = routes(live.clone());
         let default = Arc::new(Certificate::self_signed(&["lockgate.invalid"])?);
         let tls = Tls::new(Arc::new(routes.clone()), default, &config.tls)?;
@@ -103,10 +105,13 @@ impl Proxy {
             }
         };
         let (http, https, sockets) = bind_all(&config)?;
+        let taken = http.iter().chain(&https).copied().collect();
+        let commands = Opener::start(publisher.listeners(), config.workers, taken, live.clone());
+        let commands = commands.map_err(StartError::Thread)?;
         let (stop, _) = watch::channel(false);
         let (end, ended) = mpsc::channel(1);
         let mut logs = logs.into_iter();
-        for (index, sockets) in sockets.into_iter().enumerate() {
+        for (index, (sockets, commands)) in sockets.into_iter().zip(commands).enumerate() {
             let seed = Seed {
                 index,
                 config: config.clone(),
@@ -114,6 +119,7 @@ impl Proxy {
                 tls: tls.clone(),
                 routes: routes.clone(),
                 log: logs.next(),
+                commands,
                 https_port: https.first().map(SocketAddr::port),
                 stop: stop.subscribe(),
                 end: end.clone(),
@@ -209,6 +215,8 @@ struct Seed {
     tls: Tls,
     routes: Routes,
     log: Option<WorkerLog>,
+    /// Which L4 listeners to open and close.
+    commands: mpsc::Receiver<l4::Command>,
     https_port: Option<u16>,
     stop: watch::Receiver<bool>,
     /// Told if connections were cut, and dropped when the thread ends.
@@ -225,7 +233,7 @@ impl Seed {
     }
 
     async fn serve(self, sockets: Sockets) {
-        let Seed { index, config, live, tls, routes, log, https_port, mut stop, end } = self;
+        let Seed { index, config, live, tls, routes, log, commands, https_port, mut stop, end } = self;
         let metrics = live.metrics.worker(index);
         let deadline = config.drain.deadline;
         let routes = routes.cache();
@@ -240,6 +248,7 @@ impl Seed {
                 }
             }));
         }
+        listening.push(tokio::task::spawn_local(l4::serve(worker.clone(), commands, stop.clone())));
         let ticking = tokio::task::spawn_local(tick(worker.clone()));
         // An error means the proxy handle is gone: serve on until the process ends.
         if stop.wait_for(|stop| *stop).await.is_err() {

@@ -128,7 +128,12 @@ impl Upstreams {
         let tcp = TcpStream::connect(upstream.live.address).await?;
         tcp.set_nodelay(true)?;
         let connector = match upstream.live.protocol {
-            UpstreamProtocol::Http1 | UpstreamProtocol::H2c => return Ok(Conn::Plain(tcp)),
+            UpstreamProtocol::Http1
+            | UpstreamProtocol::H2c
+            | UpstreamProtocol::Tcp
+            | UpstreamProtocol::Udp => {
+                return Ok(Conn::Plain(tcp));
+            }
             UpstreamProtocol::Https => &self.http1_tls,
             UpstreamProtocol::H2 => &self.h2_tls,
         };
