@@ -123,12 +123,13 @@ async fn receive(from: &mut (impl AsyncReadExt + Unpin)) -> (usize, u64) {
 #[tokio::test(flavor = "multi_thread")]
 async fn large_transfers_arrive_whole_both_ways_at_once() {
     const TOTAL: usize = 24 << 20;
-    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let (told, mut heard) = tokio::sync::mpsc::channel(1);
     let address = endpoint(move |mut stream| {
         let told = told.clone();
         async move {
             let (mut from, mut to) = stream.split();
-            told.send(tokio::join!(send(&mut to, 1, TOTAL), receive(&mut from))).unwrap();
+            let both = tokio::join!(send(&mut to, 1, TOTAL), receive(&mut from));
+            told.send(both).await.unwrap();
         }
     })
     .await;
@@ -162,13 +163,14 @@ async fn a_client_that_has_ended_still_gets_its_answer() {
 
 #[tokio::test]
 async fn an_endpoint_that_has_ended_still_gets_what_the_client_says() {
-    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let (told, mut heard) = tokio::sync::mpsc::channel(1);
     let address = endpoint(move |mut stream| {
         let told = told.clone();
         async move {
             stream.write_all(b"I have nothing to add").await.unwrap();
             stream.shutdown().await.unwrap();
-            told.send(rest(&mut stream).await).unwrap();
+            let said = rest(&mut stream).await;
+            told.send(said).await.unwrap();
         }
     })
     .await;
