@@ -35,7 +35,8 @@ pub(crate) async fn serve(
     mut commands: mpsc::Receiver<Command>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let mut listening: HashMap<ListenerKey, Listening> = HashMap::new();
+    // Several for one key, if a process before had more workers.
+    let mut listening: HashMap<ListenerKey, Vec<Listening>> = HashMap::new();
     loop {
         let command = tokio::select! {
             biased;
@@ -44,17 +45,20 @@ pub(crate) async fn serve(
         };
         match command {
             Some(Command::Open(key, socket)) => {
-                listening.retain(|_, listening| !listening.task.is_finished());
-                match listening.get(&key) {
+                listening.retain(|_, sockets| {
+                    sockets.retain(|listening| !listening.task.is_finished());
+                    !sockets.is_empty()
+                });
+                let sockets = listening.entry(key).or_default();
+                let is_closing = |listening: &&Listening| *listening.closing.borrow() != Closing::No;
+                match sockets.iter().find(is_closing).filter(|_| key.transport == Transport::Udp) {
                     // Flows of its first life still go on: they and the new ones share the old socket.
-                    Some(listening) if key.transport == Transport::Udp => {
-                        listening.closing.send_replace(Closing::No);
-                    }
-                    _ => drop(listening.insert(key, Listening::new(&worker, key, socket))),
+                    Some(listening) => drop(listening.closing.send_replace(Closing::No)),
+                    None => sockets.push(Listening::new(&worker, key, socket)),
                 }
             }
             Some(Command::Close(key)) => {
-                if let Some(listening) = listening.get(&key) {
+                for listening in listening.get(&key).into_iter().flatten() {
                     listening.closing.send_replace(Closing::NothingNew);
                 }
             }
@@ -65,10 +69,10 @@ pub(crate) async fn serve(
             }
         }
     }
-    for listening in listening.values() {
+    for listening in listening.values().flatten() {
         listening.closing.send_replace(Closing::Drained);
     }
-    for listening in listening.into_values() {
+    for listening in listening.into_values().flatten() {
         // A task that panicked has said so.
         let _ = listening.task.await;
     }

@@ -40,7 +40,7 @@ use prometheus::{Registry, TEXT_FORMAT, TextEncoder};
 
 pub use self::listener::{ListenerSlot, ListenerStats};
 pub use self::route::{Outcome, RouteStats};
-pub use self::worker::{ConnectionMetrics, ProtocolMetrics, Reject, WorkerMetrics};
+pub use self::worker::{ConnectionMetrics, Protocol, ProtocolMetrics, Reject, WorkerMetrics};
 
 use self::listener::ListenerSet;
 use self::route::RouteSet;

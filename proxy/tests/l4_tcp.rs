@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use lockgate_proxy::config::{Config, L4Options, Limits, Timeouts};
 use lockgate_proxy::l4::ListenerState;
+use lockgate_proxy::proxy_protocol::Version;
 use lockgate_proxy::table::{ListenerKey, PoolKey, ProxyProtocol, Transport};
 use ports::{Gate, add, config, key, listener, pool, refusing, soon, table, with};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -416,7 +417,7 @@ async fn the_proxy_protocol_is_read_and_written_as_the_port_says() {
     ] {
         let mut table = table(Transport::Tcp, &[first]);
         let mut listener = listener(&key(Transport::Tcp, 1).to_string());
-        listener.proxy_protocol = ProxyProtocol { accept, send };
+        listener.proxy_protocol = ProxyProtocol { accept, send: send.then_some(Version::V1) };
         table.listeners.insert(key(Transport::Tcp, 1), Arc::new(listener));
         let (_gate, port) = Gate::with(config(), table).await;
         let mut client = connect(port).await;

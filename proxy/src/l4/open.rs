@@ -10,6 +10,7 @@ use socket2::{Domain, Protocol, Socket as AnySocket, Type};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
+use crate::handover::Sockets;
 use crate::listener;
 use crate::router::{Listeners, Live};
 use crate::table::{ListenerKey, Transport};
@@ -76,6 +77,8 @@ pub(crate) struct Opener {
     workers: Vec<mpsc::Sender<Command>>,
     /// Where the proxy itself listens. With `SO_REUSEPORT` a second bind would take half its clients.
     taken: Vec<SocketAddr>,
+    /// What the process before had, and what is kept for the one after.
+    named: Arc<Sockets>,
     live: Arc<Live>,
     open: BTreeMap<ListenerKey, SocketAddr>,
     failed: BTreeMap<ListenerKey, String>,
@@ -88,12 +91,13 @@ impl Opener {
         wanted: watch::Receiver<Listeners>,
         workers: usize,
         taken: Vec<SocketAddr>,
+        named: Arc<Sockets>,
         live: Arc<Live>,
     ) -> io::Result<Vec<mpsc::Receiver<Command>>> {
         let (workers, commands) = (0..workers).map(|_| mpsc::channel(COMMANDS)).unzip();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
         let (open, failed) = (BTreeMap::new(), BTreeMap::new());
-        let opener = Opener { wanted, workers, taken, live, open, failed };
+        let opener = Opener { wanted, workers, taken, named, live, open, failed };
         let thread = std::thread::Builder::new().name("lockgate-open".to_owned());
         thread.spawn(move || runtime.block_on(opener.run()))?;
         Ok(commands)
@@ -129,6 +133,7 @@ impl Opener {
             self.open.remove(&key);
             self.live.metrics.listener(&key).set_open(None);
             tracing::info!(listener = %key, "listener closes");
+            self.named.forget(&key.to_string());
             for worker in &self.workers {
                 // A worker that is gone has closed it.
                 let _ = worker.send(Command::Close(key)).await;
@@ -156,12 +161,15 @@ impl Opener {
                 self.open.insert(key, address);
                 self.live.metrics.listener(&key).set_open(Some(true));
                 tracing::info!(listener = %key, %address, "listener open");
-                for (worker, socket) in self.workers.iter().zip(sockets) {
-                    // A worker that is gone drains: it takes no new listener.
-                    let _ = worker.send(Command::Open(key, socket)).await;
+                for (worker, socket) in self.workers.iter().cycle().zip(sockets) {
+                    // A worker that is gone drains: it takes no new listener, and nobody else should wait for it.
+                    if worker.send(Command::Open(key, socket)).await.is_err() {
+                        self.named.forget(&key.to_string());
+                    }
                 }
             }
             Err(error) => {
+                self.named.forget(&key.to_string());
                 let why = error.to_string();
                 self.live.metrics.listener(&key).set_open(Some(false));
                 if self.failed.get(&key) != Some(&why) {
@@ -182,24 +190,37 @@ impl Opener {
         {
             return Err(io::Error::other(format!("{taken} serves HTTP or HTTPS here: choose another port")));
         }
+        let name = key.to_string();
         let mut address = key.address;
         let mut sockets = Vec::new();
-        for _ in &self.workers {
-            let (real, socket) = match key.transport {
-                Transport::Tcp => {
-                    let socket = listener::bind(address)?;
-                    (socket.local_addr()?, Socket::Tcp(socket))
-                }
-                Transport::Udp => {
-                    let socket = bind_udp(address)?;
-                    (socket.local_addr()?, Socket::Udp(socket))
-                }
+        // Each has a queue of its own: with fewer workers than before, some have several.
+        let mut inherited = self.named.take(&name).into_iter();
+        loop {
+            let inherited = inherited.next();
+            if inherited.is_none() && sockets.len() >= self.workers.len() {
+                return Ok((address, sockets));
+            }
+            let socket = match key.transport {
+                Transport::Tcp => Socket::Tcp(match inherited {
+                    Some(socket) => socket.into(),
+                    None => listener::bind(address)?,
+                }),
+                Transport::Udp => Socket::Udp(match inherited {
+                    Some(socket) => socket.into(),
+                    None => bind_udp(address)?,
+                }),
             };
             // Port 0 is resolved once; the other workers share what it became.
-            address = real;
+            address = match &socket {
+                Socket::Tcp(socket) => {
+                    socket.local_addr().and_then(|real| self.named.keep(&name, socket).map(|()| real))
+                }
+                Socket::Udp(socket) => {
+                    socket.local_addr().and_then(|real| self.named.keep(&name, socket).map(|()| real))
+                }
+            }?;
             sockets.push(socket);
         }
-        Ok((address, sockets))
     }
 }
 

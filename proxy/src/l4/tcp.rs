@@ -15,9 +15,11 @@ use crate::balance::CompiledPool;
 use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
+use crate::limit::Held;
+use crate::listener::opening::Opening;
 use crate::listener::{BREATHER, is_exhaustion, room_for_one};
 use crate::metrics::{ListenerSlot, ListenerStats};
-use crate::proxy_protocol::{self, Origin, Parsed, Version};
+use crate::proxy_protocol;
 use crate::relay::{self, End};
 use crate::router::{CompiledListener, Router};
 use crate::table::ListenerKey;
@@ -120,17 +122,20 @@ async fn connection(
     peer: SocketAddr,
 ) {
     let counted = Counted::new(target.listener.stats.clone(), worker.index);
+    let Ok(local) = client.local_addr() else { return };
     if client.set_nodelay(true).is_err() {
         return;
     }
+    let mut opening = Opening { tcp: client, source: peer, destination: local, input: Buffer::new() };
+    let Some(_held) = identify(&worker, &target, &mut opening).await else { return reset(&opening.tcp) };
     let idle = target.listener.desired.idle_timeout.unwrap_or(worker.config.l4.idle);
     let mut timer = Timer::new(Instant::now() + worker.config.timeouts.connect);
-    let mut client = Conn::Plain(client);
-    let Some((mut peer, from_client, _busy)) = prepare(&worker, target, &mut client, peer, &mut timer).await
-    else {
+    let Some((mut peer, _busy)) = reach(&worker, target, &opening, &mut timer).await else {
         counted.slot().failed.inc();
-        return reset(client.tcp());
+        return reset(&opening.tcp);
     };
+    let Opening { tcp, input: from_client, .. } = opening;
+    let mut client = Conn::Plain(tcp);
     let end = relay::run(
         &mut client,
         &mut peer.conn,
@@ -148,61 +153,38 @@ async fn connection(
     }
 }
 
-/// Everything before the first byte is relayed. Lets go of the target: what follows may last for days.
-async fn prepare(
-    worker: &Worker,
-    target: Target,
-    client: &mut Conn,
-    peer: SocketAddr,
-    timer: &mut Timer,
-) -> Option<(Peer, Buffer, InFlight)> {
-    let proxied = target.listener.desired.proxy_protocol;
-    let mut from_client = Buffer::new();
-    let mut addresses = (peer, client.tcp().local_addr().ok()?);
-    if proxied.accept
-        && let Origin::Proxied { source, destination } =
-            read_header(client, &mut from_client, timer, Instant::now() + worker.config.timeouts.header)
-                .await?
-    {
-        addresses = (source, destination);
+/// Who the client is, by a PROXY header if the port has one, and whether it may have one more connection:
+/// that is held by what is returned. `None`: it is to be closed.
+async fn identify(worker: &Worker, target: &Target, opening: &mut Opening) -> Option<Option<Held>> {
+    if target.listener.desired.proxy_protocol.accept {
+        let expected = worker.config.proxy_protocol.as_ref().unwrap_or(&worker.config.l4.proxy_protocol);
+        if !Box::pin(opening.take_proxy_header(worker, expected)).await {
+            return None;
+        }
     }
-    let (mut endpoint, busy) = connect(worker, &target.pool, timer).await?;
-    if proxied.send {
-        let mut header = Output::take();
-        proxy_protocol::write_header(Version::V1, addresses.0, addresses.1, &mut header);
-        let deadline = Instant::now() + worker.config.timeouts.send;
-        let sending = endpoint.conn.send([&header, from_client.filled(), &[]]);
-        timer.within(deadline, sending).await.ok()?.ok()?;
-        from_client = Buffer::new();
+    let held = worker.limiter.connect(opening.source.ip());
+    if held.is_err() {
+        worker.metrics.address_limited.inc();
     }
-    Some((endpoint, from_client, busy))
+    held.ok()
 }
 
-/// The PROXY header that the connection must begin with. `None`: it does not, or not in time.
-async fn read_header(
-    client: &mut Conn,
-    input: &mut Buffer,
+/// A connection to an endpoint, which knows who the client is if it wants to. Lets go of the target: what
+/// follows may last for days.
+async fn reach(
+    worker: &Worker,
+    target: Target,
+    opening: &Opening,
     timer: &mut Timer,
-    deadline: Instant,
-) -> Option<Origin> {
-    loop {
-        let filling = std::future::poll_fn(|cx| client.poll_fill(cx, input));
-        match timer.within(deadline, filling).await {
-            Ok(Ok(read)) if read > 0 => {}
-            _ => return None,
-        }
-        match proxy_protocol::parse(input.filled()) {
-            Ok(Parsed::Header { length, origin }) => {
-                input.consume(length);
-                return Some(origin);
-            }
-            Ok(Parsed::Incomplete) => {}
-            Err(error) => {
-                tracing::debug!(%error, "PROXY header");
-                return None;
-            }
-        }
+) -> Option<(Peer, InFlight)> {
+    let (mut peer, busy) = connect(worker, &target.pool, timer).await?;
+    if let Some(version) = target.listener.desired.proxy_protocol.send {
+        let mut header = Output::take();
+        proxy_protocol::write_header(version, opening.source, opening.destination, &mut header);
+        let deadline = Instant::now() + worker.config.timeouts.send;
+        timer.within(deadline, peer.conn.send([&header, b"", b""])).await.ok()?.ok()?;
     }
+    Some((peer, busy))
 }
 
 /// Connects to an endpoint of the pool, or to another one if that fails.
@@ -214,7 +196,7 @@ async fn connect(worker: &Worker, pool: &CompiledPool, timer: &mut Timer) -> Opt
         // It counts from the first packet: many that come at once must see one another.
         let busy = InFlight::new(upstream.clone());
         let deadline = Instant::now() + worker.config.timeouts.connect;
-        match timer.within(deadline, worker.upstreams.connect(&upstream)).await {
+        match timer.within(deadline, worker.upstreams.connect_tcp(&upstream)).await {
             Ok(Ok(peer)) => {
                 upstream.live.succeeded();
                 return Some((peer, busy));
