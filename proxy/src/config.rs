@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::access_log::AccessLogConfig;
 use crate::endpoint::Ejection;
@@ -34,6 +34,8 @@ pub struct Config {
     pub drain: Drain,
     /// When an endpoint that keeps failing is left alone for a while.
     pub ejection: Ejection,
+    /// How TCP and UDP ports are relayed.
+    pub l4: L4Options,
 }
 
 impl Default for Config {
@@ -50,6 +52,7 @@ impl Default for Config {
             access_log: None,
             drain: Drain::default(),
             ejection: Ejection::default(),
+            l4: L4Options::default(),
         }
     }
 }
@@ -64,6 +67,14 @@ pub struct ProxyProtocol {
     pub trusted: Vec<IpNet>,
     /// Until the header is complete: closed without a word.
     pub header_timeout: Duration,
+}
+
+impl ProxyProtocol {
+    /// Believes every header, and waits 5 s for it, as ingress-nginx does.
+    pub fn from_anyone() -> ProxyProtocol {
+        let anywhere = [IpNet::from(Ipv4Net::default()), IpNet::from(Ipv6Net::default())];
+        ProxyProtocol { trusted: anywhere.into(), header_timeout: Duration::from_secs(5) }
+    }
 }
 
 /// Sizes and counts, each with the answer a client gets beyond it.
@@ -168,5 +179,35 @@ pub struct Drain {
 impl Default for Drain {
     fn default() -> Drain {
         Drain { grace: Duration::from_secs(5), deadline: Duration::from_secs(240) }
+    }
+}
+
+/// Limits and deadlines of L4 listeners, where a listener sets none itself. Connecting to an endpoint is
+/// bounded by [`Timeouts::connect`] and [`Limits::tries`].
+#[derive(Clone, Debug)]
+pub struct L4Options {
+    /// A connection or flow on which neither side speaks ends after this long.
+    pub idle: Duration,
+    /// For listeners that take PROXY headers, while [`Config::proxy_protocol`] is `None`.
+    pub proxy_protocol: ProxyProtocol,
+    /// Flows of one UDP listener and worker, each with a socket of its own. When there is no room, the one
+    /// that has been silent longest ends.
+    pub udp_flows: usize,
+    /// Datagrams expected in response to each one of a client: a flow that has them is kept only for
+    /// [`L4Options::udp_linger`]. 0: nobody knows, so every flow is kept until it is idle.
+    pub udp_responses: u32,
+    /// How long a flow that has all expected responses waits for more, from either side.
+    pub udp_linger: Duration,
+}
+
+impl Default for L4Options {
+    fn default() -> L4Options {
+        L4Options {
+            idle: Duration::from_secs(600),
+            proxy_protocol: ProxyProtocol::from_anyone(),
+            udp_flows: 4_096,
+            udp_responses: 1,
+            udp_linger: Duration::from_secs(2),
+        }
     }
 }

@@ -23,13 +23,14 @@ pub mod endpoint;
 pub mod fuzz;
 pub mod handover;
 mod http;
+pub mod l4;
 mod limit;
 mod listener;
 pub mod metrics;
 mod proxy;
 pub mod proxy_protocol;
+mod relay;
 pub mod router;
-#[allow(dead_code, reason = "used by what relays TCP, and by bodies, next")]
 mod splice;
 pub mod split;
 pub mod table;

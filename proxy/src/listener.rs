@@ -23,7 +23,7 @@ use crate::metrics::{Protocol as Speaks, WorkerMetrics};
 use crate::timer::Timer;
 use crate::worker::{Presence, Worker};
 
-mod opening;
+pub(crate) mod opening;
 mod passthrough;
 
 use opening::Opening;
@@ -32,7 +32,7 @@ use opening::Opening;
 const BACKLOG: i32 = 4096;
 
 /// After an accept failed for want of descriptors or memory.
-const BREATHER: Duration = Duration::from_millis(20);
+pub(crate) const BREATHER: Duration = Duration::from_millis(20);
 
 /// What every HTTP/2 connection begins with (RFC 9113 section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -108,14 +108,17 @@ fn admit(worker: &Rc<Worker>, tcp: TcpStream, peer: SocketAddr, tls: bool) {
 }
 
 /// Accepts once this worker has room; until then the kernel's queue holds the clients.
-async fn room_for_one(worker: &Worker, listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+pub(crate) async fn room_for_one(
+    worker: &Worker,
+    listener: &TcpListener,
+) -> io::Result<(TcpStream, SocketAddr)> {
     while worker.connections() >= worker.config.limits.connections {
         tokio::time::sleep(BREATHER).await;
     }
     listener.accept().await
 }
 
-fn is_exhaustion(error: &io::Error) -> bool {
+pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     const ENOBUFS: i32 = 105;

@@ -5,6 +5,7 @@
 //! shares all others with its predecessor, and the difference between two
 //! tables costs what changed, not what exists.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +34,9 @@ pub struct RoutingTable {
     pub certificates: OrdMap<HostPattern, Arc<Vec<Arc<Certificate>>>>,
     /// For a client whose SNI matches nothing. `None`: a self-signed one made at start.
     pub default_certificate: Option<Arc<Certificate>>,
+    /// TCP and UDP ports that are relayed as they are. They open and close as the table says.
+    #[serde(skip_serializing_if = "OrdMap::is_empty")]
+    pub listeners: OrdMap<ListenerKey, Arc<L4Listener>>,
 }
 
 /// A host as written in a rule, lower case, without port: `shop.example`,
@@ -308,6 +312,10 @@ pub enum UpstreamProtocol {
     Https,
     /// TLS, HTTP/2 by ALPN.
     H2,
+    /// Whatever the client speaks, over TCP: only for [`L4Listener::pool`].
+    Tcp,
+    /// Datagrams: only for [`L4Listener::pool`].
+    Udp,
 }
 
 /// How an endpoint is chosen.
@@ -331,4 +339,79 @@ pub struct Endpoint {
     /// `topology.kubernetes.io/zone` of its node.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zone: Option<Arc<str>>,
+}
+
+/// What an L4 listener listens on; as text `tcp/0.0.0.0:9000`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ListenerKey {
+    /// TCP or UDP: a port of one has nothing to do with the same port of the other.
+    pub transport: Transport,
+    /// Unspecified (`0.0.0.0`, `[::]`) for every address of the host. Port 0 takes a free one.
+    pub address: SocketAddr,
+}
+
+impl fmt::Display for ListenerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.transport.as_str(), self.address)
+    }
+}
+
+impl Serialize for ListenerKey {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// What carries the bytes of an L4 listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// Connections.
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
+impl Transport {
+    /// `tcp` or `udp`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Transport::Tcp => "tcp",
+            Transport::Udp => "udp",
+        }
+    }
+}
+
+/// Where the connections or flows of one port go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct L4Listener {
+    /// Its endpoints. Without any, connections are reset and datagrams dropped.
+    pub pool: PoolKey,
+    /// Who asked for it.
+    pub origin: Arc<Origin>,
+    /// Whether the client's address travels in front of the bytes; of TCP only.
+    #[serde(skip_serializing_if = "ProxyProtocol::is_off")]
+    pub proxy_protocol: ProxyProtocol,
+    /// A connection or flow on which nobody speaks ends after this long; `None`: the process-wide value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_timeout: Option<Duration>,
+    /// Datagrams expected in response to each one of a client, of UDP; `None`: the process-wide value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub responses: Option<u32>,
+}
+
+/// The PROXY protocol at an L4 listener.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ProxyProtocol {
+    /// Every connection begins with a header that says who the client is.
+    pub accept: bool,
+    /// Every connection to an endpoint does, in this version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub send: Option<proxy_protocol::Version>,
+}
+
+impl ProxyProtocol {
+    fn is_off(&self) -> bool {
+        *self == ProxyProtocol::default()
+    }
 }

@@ -137,7 +137,12 @@ impl Upstreams {
     async fn open(&self, upstream: &Upstream) -> io::Result<Conn> {
         let tcp = open_tcp(upstream).await?;
         let connector = match upstream.live.protocol {
-            UpstreamProtocol::Http1 | UpstreamProtocol::H2c => return Ok(Conn::Plain(tcp)),
+            UpstreamProtocol::Http1
+            | UpstreamProtocol::H2c
+            | UpstreamProtocol::Tcp
+            | UpstreamProtocol::Udp => {
+                return Ok(Conn::Plain(tcp));
+            }
             UpstreamProtocol::Https => &self.http1_tls,
             UpstreamProtocol::H2 => &self.h2_tls,
         };

@@ -223,7 +223,10 @@ impl Http1 {
                 let backend = &forward.split.backends[forward.choice.backend];
                 let protocol = router.pool(backend.pool).protocol;
                 match protocol {
-                    UpstreamProtocol::Http1 | UpstreamProtocol::Https => {
+                    UpstreamProtocol::Http1
+                    | UpstreamProtocol::Https
+                    | UpstreamProtocol::Tcp
+                    | UpstreamProtocol::Udp => {
                         forward::write_request(out, &head, &self.client, &forwarded, &id);
                     }
                     UpstreamProtocol::H2c | UpstreamProtocol::H2 => {

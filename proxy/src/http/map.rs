@@ -60,7 +60,9 @@ pub(crate) fn add_forwarded(
 /// any other; the client's is told by `X-Forwarded-Proto`.
 pub(crate) fn scheme(protocol: UpstreamProtocol) -> &'static str {
     match protocol {
-        UpstreamProtocol::Http1 | UpstreamProtocol::H2c => "http",
+        UpstreamProtocol::Http1 | UpstreamProtocol::H2c | UpstreamProtocol::Tcp | UpstreamProtocol::Udp => {
+            "http"
+        }
         UpstreamProtocol::Https | UpstreamProtocol::H2 => "https",
     }
 }

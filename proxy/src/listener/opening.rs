@@ -11,14 +11,14 @@ use crate::proxy_protocol::{self, Origin, Parsed};
 use crate::worker::Worker;
 
 /// A connection as it is before a byte of it is understood.
-pub(super) struct Opening {
-    pub(super) tcp: TcpStream,
+pub(crate) struct Opening {
+    pub(crate) tcp: TcpStream,
     /// Who opened it: the peer, or whom a trusted peer names.
-    pub(super) source: SocketAddr,
+    pub(crate) source: SocketAddr,
     /// What they connected to.
-    pub(super) destination: SocketAddr,
+    pub(crate) destination: SocketAddr,
     /// Read already and not yet used.
-    pub(super) input: Buffer,
+    pub(crate) input: Buffer,
 }
 
 /// Room for the longest ClientHello, divided into records as clients like to.
@@ -28,7 +28,7 @@ const MOST_READ: usize = 32 << 10;
 impl Opening {
     /// Reads the header, and takes its word if the peer is trusted. False: the
     /// connection is to be closed.
-    pub(super) async fn take_proxy_header(&mut self, worker: &Worker, expected: &ProxyProtocol) -> bool {
+    pub(crate) async fn take_proxy_header(&mut self, worker: &Worker, expected: &ProxyProtocol) -> bool {
         let peer = self.source;
         match tokio::time::timeout(expected.header_timeout, self.read_header()).await {
             Ok(Ok(origin)) => {
@@ -61,7 +61,7 @@ impl Opening {
     }
 
     /// Reads more. `None`: there is no more, or no room for it.
-    pub(super) async fn read(&mut self) -> Option<()> {
+    pub(crate) async fn read(&mut self) -> Option<()> {
         let Opening { tcp, input, .. } = self;
         loop {
             tcp.readable().await.ok()?;

@@ -8,12 +8,16 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
-use super::{CompiledAction, CompiledHost, CompiledPassthrough, CompiledRule, Live, Router, path_trie};
+use super::{
+    CompiledAction, CompiledHost, CompiledListener, CompiledPassthrough, CompiledRule, Live, Router,
+    path_trie,
+};
 use crate::balance::{CompiledEndpoint, CompiledPool};
 use crate::certificate::Certificate;
 use crate::split::{CompiledBackend, CompiledSplit};
 use crate::table::{
-    Action, Host, HostPattern, Passthrough, PathMatch, Pool, PoolKey, RoutingTable, Rule, Split,
+    Action, Host, HostPattern, L4Listener, ListenerKey, Passthrough, PathMatch, Pool, PoolKey, RoutingTable,
+    Rule, Split,
 };
 
 /// A router in the making: a copy of its predecessor, and what that copy no longer needs.
@@ -42,6 +46,9 @@ impl<'a> Patch<'a> {
         }
         for change in old.certificates.diff(&table.certificates) {
             self.certificates(change);
+        }
+        for change in old.listeners.diff(&table.listeners) {
+            self.listener(change);
         }
         for key in self.old_keys {
             self.router.slots.release(&key);
@@ -186,6 +193,24 @@ impl<'a> Patch<'a> {
                 self.old_turns.extend(split.turn());
             }
         }
+    }
+
+    fn listener(&mut self, change: DiffItem<ListenerKey, Arc<L4Listener>>) {
+        let (old, new) = match change {
+            DiffItem::Add(key, new) => (None, Some((key, new))),
+            DiffItem::Update { old: (_, old), new } => (Some(old), Some(new)),
+            DiffItem::Remove(key, old) => {
+                self.router.listeners.remove(key);
+                (Some(old), None)
+            }
+        };
+        if let Some((key, new)) = new {
+            let pool = self.acquire(&new.pool);
+            let stats = self.live.metrics.listener(key);
+            let compiled = CompiledListener { desired: new.clone(), pool, stats };
+            self.router.listeners.insert(*key, compiled);
+        }
+        self.old_keys.extend(old.map(|old| old.pool.clone()));
     }
 
     fn passthrough(&mut self, change: DiffItem<HostPattern, Arc<Passthrough>>) {

@@ -73,7 +73,10 @@ pub(super) fn plan<'r>(
         Verdict::Forward(forward) => {
             let pool = router.pool(forward.split.backends[forward.choice.backend].pool);
             match pool.protocol {
-                UpstreamProtocol::Http1 | UpstreamProtocol::Https => {
+                UpstreamProtocol::Http1
+                | UpstreamProtocol::Https
+                | UpstreamProtocol::Tcp
+                | UpstreamProtocol::Udp => {
                     write_request(&mut plan, client, &forwarded, request, framing(request, body));
                 }
                 UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
