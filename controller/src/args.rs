@@ -37,7 +37,11 @@ Examples:
 
 Durations are a number and a unit: 250ms, 30s, 5m, 1h. Sizes: 8192, 64KiB, 32MiB, 1GiB.
 SIGTERM and SIGINT drain: readiness fails at once, listeners close after the grace period,
-requests finish until the drain timeout. A second signal ends at once.";
+requests finish until the drain timeout. A second signal ends at once. SIGUSR1 and SIGHUP
+reopen the access log's file, after it was rotated.
+
+To upgrade without failing a request, start the new binary with the same --upgrade-socket:
+it takes over the listening sockets, and the old process drains and ends.";
 
 const CHECK_EXAMPLES: &str = "\
 Examples:
@@ -195,6 +199,13 @@ pub struct StopArgs {
     /// After that, let requests and tunnels finish this long
     #[arg(long, value_name = "DURATION", default_value = "240s", env = "LOCKGATE_DRAIN_TIMEOUT")]
     pub drain_timeout: Span,
+    /// Upgrade through this UNIX socket: a new process with the same path takes over the
+    /// listening sockets of the one that runs, which then drains and ends
+    #[arg(long, value_name = "PATH", env = "LOCKGATE_UPGRADE_SOCKET")]
+    pub upgrade_socket: Option<PathBuf>,
+    /// After a new process took over, let requests, streams and tunnels finish this long
+    #[arg(long, value_name = "DURATION", default_value = "1h", env = "LOCKGATE_UPGRADE_DRAIN_TIMEOUT")]
+    pub upgrade_drain_timeout: Span,
 }
 
 /// Sizes and counts.

@@ -19,3 +19,4 @@ pub mod source;
 pub mod store;
 pub(crate) mod text;
 pub mod translate;
+pub(crate) mod upgrade;

@@ -19,6 +19,7 @@ pub mod clock;
 pub mod config;
 mod conn;
 pub mod endpoint;
+pub mod handover;
 mod http;
 mod limit;
 mod listener;
@@ -26,6 +27,8 @@ pub mod metrics;
 mod proxy;
 pub mod proxy_protocol;
 pub mod router;
+#[allow(dead_code, reason = "used by what relays TCP, and by bodies, next")]
+mod splice;
 pub mod split;
 pub mod table;
 mod timer;

@@ -283,7 +283,7 @@ async fn plaintext(
         }
         let draining = worker.is_draining();
         if draining {
-            deadline = deadline.min(Instant::now() + h1::DRAIN_IDLE);
+            deadline = worker.idle_until(deadline);
         }
         let filled = timer.within(
             deadline,

@@ -4,8 +4,10 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Waker;
+use std::time::Duration;
 
 use slab::Slab;
+use tokio::time::Instant;
 
 use crate::access_log::WorkerLog;
 use crate::balance::Turns;
@@ -16,6 +18,9 @@ use crate::metrics::WorkerMetrics;
 use crate::router::{Router, RouterCache};
 use crate::tls::Tls;
 use crate::upstream::Upstreams;
+
+/// How long an idle connection may still ask something once a drain has begun.
+const DRAIN_IDLE: Duration = Duration::from_secs(2);
 
 /// Shared by the connections of one worker, through an `Rc`.
 pub(crate) struct Worker {
@@ -35,6 +40,8 @@ pub(crate) struct Worker {
     routes: RefCell<RouterCache>,
     generation: RefCell<Rc<Generation>>,
     draining: Cell<bool>,
+    /// While draining: how long a client that is idle may still ask something.
+    drain_idle: Cell<Duration>,
     idle: RefCell<Slab<Waker>>,
     connections: Cell<usize>,
 }
@@ -83,6 +90,7 @@ impl Worker {
             routes: RefCell::new(routes),
             generation,
             draining: Cell::new(false),
+            drain_idle: Cell::new(DRAIN_IDLE),
             idle: RefCell::default(),
             connections: Cell::new(0),
         })
@@ -103,9 +111,19 @@ impl Worker {
         self.draining.get()
     }
 
-    /// Tells every connection to finish: idle ones are woken to close.
-    pub(crate) fn drain(&self) {
+    /// Until when a connection that is idle now may stay, once a drain has begun.
+    pub(crate) fn idle_until(&self, deadline: Instant) -> Instant {
+        deadline.min(Instant::now() + self.drain_idle.get())
+    }
+
+    /// Tells every connection to finish: idle ones are woken to close soon, or,
+    /// if another process has taken over, when their time is up anyway: a client
+    /// may be about to use one.
+    pub(crate) fn drain(&self, relieved: bool) {
         self.draining.set(true);
+        if relieved {
+            self.drain_idle.set(self.config.timeouts.keep_alive);
+        }
         for (_, waker) in self.idle.borrow().iter() {
             waker.wake_by_ref();
         }

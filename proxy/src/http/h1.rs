@@ -38,9 +38,6 @@ mod upload;
 
 pub(crate) use body::Incoming;
 
-/// How long an idle connection may still ask something once a drain has begun.
-pub(crate) const DRAIN_IDLE: Duration = Duration::from_secs(2);
-
 /// How long and how much is read from a client that still sends when we are done with it,
 /// so that the answer is not lost to a reset (RFC 9112 section 9.6).
 const LINGER: Duration = Duration::from_secs(2);
@@ -142,7 +139,7 @@ impl Http1 {
         loop {
             let draining = self.worker.is_draining();
             if draining {
-                deadline = deadline.min(Instant::now() + DRAIN_IDLE);
+                deadline = self.worker.idle_until(deadline);
             }
             let Http1 { conn, presence, worker, timer, .. } = self;
             let waited = timer.within(
