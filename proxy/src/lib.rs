@@ -23,7 +23,10 @@ mod http;
 mod listener;
 pub mod metrics;
 mod proxy;
+pub mod proxy_protocol;
 pub mod router;
+#[allow(dead_code, reason = "used by what relays TCP, and by bodies, next")]
+mod splice;
 pub mod split;
 pub mod table;
 mod timer;

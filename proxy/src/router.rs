@@ -2,8 +2,8 @@
 //! between generations wherever nothing changed, and live by one store.
 //!
 //! ```text
-//!  hosts:  exact ─► wildcard ─► any     two 256-way nodes by hash, then a compare
-//!            └─► path trie ─► rule ─► split ─► backend ─► pool slot
+//!  hosts:  exact ─► wildcard ─► any     1,024 tables by hash, then one entry:
+//!            └─► name, path trie ─► rule ─► split ─► backend ─► pool slot
 //!  pools:  slot ─► endpoints ─► live state     changing one compiles no host
 //! ```
 
@@ -24,8 +24,8 @@ mod host_map;
 mod path_trie;
 mod slots;
 
-use host_map::ByHost;
-use path_trie::{PathTrie, PathTries};
+use host_map::{ByHost, Entry};
+use path_trie::SharedTries;
 use slots::{Numbers, Pools, Slots};
 
 /// What outlives generations: one per process.
@@ -49,17 +49,27 @@ pub struct Router {
     /// Of [`crate::balance::Turns`], for splits.
     turns: Numbers,
     /// One for all generations.
-    tries: Arc<PathTries>,
+    tries: Arc<SharedTries>,
     vacant: Arc<CompiledPool>,
 }
 
 /// The rules of one host.
 #[derive(Clone, Debug)]
 struct CompiledHost {
-    /// Shared by all hosts with the same paths, most of which stay in the cache for it.
-    paths: Arc<PathTrie>,
     /// Sorted by path, each path once; the trie names them by index.
     rules: Arc<[CompiledRule]>,
+    /// The trie of their paths, if other hosts have the same; else it is beside
+    /// the host. Boxed, because a pointer of one word makes the entry a line shorter.
+    trie: Option<Arc<Box<[u8]>>>,
+}
+
+impl Entry<CompiledHost> {
+    fn trie(&self) -> &[u8] {
+        match &self.value().trie {
+            Some(trie) => trie,
+            None => self.bytes(),
+        }
+    }
 }
 
 /// What [`Router::find`] found.
@@ -145,8 +155,8 @@ impl Router {
     /// one is not asked for the path.
     pub fn find(&self, host: &str, path: &[u8]) -> Found<'_> {
         let Some(host) = self.hosts.find(host) else { return Found::NoHost };
-        match host.paths.find(path) {
-            Some(rule) => Found::Rule(&host.rules[rule as usize]),
+        match path_trie::find(host.trie(), path) {
+            Some(rule) => Found::Rule(&host.value().rules[rule as usize]),
             None => Found::NoPath,
         }
     }
@@ -165,7 +175,7 @@ impl Router {
     /// own, else the wildcard's one label up, else any host's. `None`: use
     /// [`RoutingTable::default_certificate`].
     pub fn certificates(&self, server_name: &str) -> Option<&[Arc<Certificate>]> {
-        self.certificates.find(server_name).map(|certificates| certificates.as_slice())
+        self.certificates.find(server_name).map(|entry| entry.value().as_slice())
     }
 
     /// What this was compiled from.

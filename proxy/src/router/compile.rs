@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
-use super::{CompiledAction, CompiledHost, CompiledRule, Live, Router};
+use super::{CompiledAction, CompiledHost, CompiledRule, Live, Router, path_trie};
 use crate::balance::{CompiledEndpoint, CompiledPool};
 use crate::certificate::Certificate;
 use crate::split::{CompiledBackend, CompiledSplit};
@@ -91,33 +91,43 @@ impl<'a> Patch<'a> {
         match change {
             DiffItem::Add(pattern, host) => {
                 let compiled = self.compile_host(host, &OldRules::default());
-                self.router.hosts.insert(pattern, compiled);
+                self.set_host(pattern, compiled);
             }
             DiffItem::Update { old: (_, old), new: (pattern, host) } => {
-                let before = self.router.hosts.get(pattern).cloned();
+                let before = self.router.hosts.get(pattern).map(|host| host.value().clone());
                 let rules = OldRules::new(old, before.as_ref());
                 let compiled = self.compile_host(host, &rules);
                 self.retire(before.as_ref(), Some((&rules, host)));
-                self.router.hosts.insert(pattern, compiled);
+                self.set_host(pattern, compiled);
             }
             DiffItem::Remove(pattern, _) => {
-                let before = self.router.hosts.get(pattern).cloned();
+                let before = self.router.hosts.get(pattern).map(|host| host.value().clone());
                 self.retire(before.as_ref(), None);
                 self.router.hosts.remove(pattern);
             }
         }
     }
 
-    fn compile_host(&mut self, host: &Host, old: &OldRules) -> CompiledHost {
-        let rules: Arc<[CompiledRule]> = sorted(host)
+    fn set_host(&mut self, pattern: &HostPattern, rules: Arc<[CompiledRule]>) {
+        let trie = path_trie::encode(rules.iter().map(|rule| &rule.path));
+        // Where it is does not change with what its rules do.
+        let before = self.router.hosts.get(pattern).filter(|before| *before.trie() == *trie);
+        let shared = match before {
+            Some(before) => before.value().trie.clone(),
+            None => self.router.tries.get(&trie),
+        };
+        let beside: &[u8] = if shared.is_some() { &[] } else { &trie };
+        self.router.hosts.insert(pattern, CompiledHost { rules, trie: shared }, beside);
+    }
+
+    fn compile_host(&mut self, host: &Host, old: &OldRules) -> Arc<[CompiledRule]> {
+        sorted(host)
             .into_iter()
             .map(|rule| match old.unchanged(rule) {
                 Some(compiled) => compiled.clone(),
                 None => self.compile_rule(rule, old.turn(&rule.path)),
             })
-            .collect();
-        let paths = self.router.tries.get(rules.iter().map(|rule| &rule.path));
-        CompiledHost { paths, rules }
+            .collect()
     }
 
     fn compile_rule(&mut self, rule: &Rule, turn: Option<u32>) -> CompiledRule {
@@ -176,7 +186,7 @@ impl<'a> Patch<'a> {
     fn certificates(&mut self, change: DiffItem<HostPattern, Arc<Vec<Arc<Certificate>>>>) {
         match change {
             DiffItem::Add(pattern, certificates) | DiffItem::Update { new: (pattern, certificates), .. } => {
-                self.router.certificates.insert(pattern, certificates.clone());
+                self.router.certificates.insert(pattern, certificates.clone(), b"");
             }
             DiffItem::Remove(pattern, _) => self.router.certificates.remove(pattern),
         }
