@@ -254,7 +254,8 @@ fn reply(
         return Err(BadResponse("malformed response head"));
     };
     let switches = head.status == 101;
-    if switches && !plan.wants_upgrade {
+    let asked = head.upgrade.is_some_and(|p| p.eq_ignore_ascii_case(&plan.upgrade));
+    if switches && (plan.upgrade.is_empty() || !asked) {
         return Err(BadResponse("endpoint switched protocols unasked"));
     }
     let delivery = delivery(order, plan.shape, head.framing, source.is_done());

@@ -52,6 +52,10 @@ pub(super) fn plan<'r>(
         return Err(Reject { status: 431, reason: "too many header fields" });
     }
     let websocket = websocket::is_wanted(request)?;
+    if *request.method() == Method::TRACE {
+        return Err(Reject { status: 405, reason: "method not allowed" });
+    }
+    require_form(request, target)?;
     let forwarded = client.forwarded(|| map::claims(request.headers()));
     let view = map::MapView { headers: request.headers(), client: forwarded.address };
     let https = forwarded.is_https(client);
@@ -119,6 +123,25 @@ fn authority(request: &Request<()>) -> Result<Bytes, Reject> {
         true => Ok(Bytes::copy_from_slice(authority)),
         false => Err(Reject { status: 400, reason: "malformed :authority" }),
     }
+}
+
+/// What the `h2` crate lets pass and HTTP/1 does not: it must not become a request line.
+fn require_form(request: &Request<()>, target: &str) -> Result<(), Reject> {
+    let bad = |reason| Err(Reject { status: 400, reason });
+    if !target.starts_with('/') && (target != "*" || *request.method() != Method::OPTIONS) {
+        return bad("malformed :path");
+    }
+    if target.bytes().any(|b| !(0x21..=0x7e).contains(&b)) {
+        return bad("illegal character in :path");
+    }
+    // Without :authority the crate keeps no scheme.
+    if request.uri().scheme_str().is_some_and(str::is_empty) {
+        return bad("empty :scheme");
+    }
+    if request.headers().get_all(header::CONTENT_LENGTH).iter().count() > 1 {
+        return bad("duplicate Content-Length");
+    }
+    Ok(())
 }
 
 fn with_authority(mut request: Request<()>, scheme: &str, authority: &[u8]) -> Result<Request<()>, Reject> {
