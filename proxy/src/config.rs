@@ -1,6 +1,7 @@
 //! What stays fixed for the life of the process.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -32,6 +33,9 @@ pub struct Config {
     pub drain: Drain,
     /// When an endpoint that keeps failing is left alone for a while.
     pub ejection: Ejection,
+    /// Where this process runs (`topology.kubernetes.io/zone` of its node).
+    /// `None`: no zone is preferred.
+    pub zone: Option<Arc<str>>,
 }
 
 impl Default for Config {
@@ -47,6 +51,7 @@ impl Default for Config {
             access_log: None,
             drain: Drain::default(),
             ejection: Ejection::default(),
+            zone: None,
         }
     }
 }

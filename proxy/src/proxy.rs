@@ -90,7 +90,7 @@ impl Proxy {
     pub fn start(config: Config) -> Result<(Proxy, Publisher), StartError> {
         let config = Arc::new(Config { workers: config.workers.max(1), ..config });
         let metrics = Metrics::new(config.workers);
-        let live = Arc::new(Live { endpoints: Endpoints::default(), metrics });
+        let live = Arc::new(Live { endpoints: Endpoints::default(), metrics, zone: config.zone.clone() });
         let (publisher, routes) = routes(live.clone());
         let default = Arc::new(Certificate::self_signed(&["lockgate.invalid"])?);
         let tls = Tls::new(Arc::new(routes.clone()), default, &config.tls)?;

@@ -35,6 +35,8 @@ pub struct Live {
     pub endpoints: Endpoints,
     /// Counters.
     pub metrics: Metrics,
+    /// Where this process runs, if that is known (`topology.kubernetes.io/zone`).
+    pub zone: Option<Arc<str>>,
 }
 
 /// One generation of hosts, rules, endpoints and certificates. A request that

@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::path_trie::tests::{naive, random_path, random_rule};
 use super::*;
-use crate::balance::Turns;
+use crate::balance::{Steer, Turns};
 use crate::split::Choice;
 use crate::table::{Action, Backend, Endpoint, Host, HostPattern, Override, Pool, Rule, Split, Sticky, When};
 use crate::view::tests::Lines;
@@ -35,6 +35,7 @@ fn split(weights: &[(usize, u32)]) -> Split {
         pool: key(*pool),
         weight: *weight,
         canary: format!("c{pool}").into(),
+        steering: None,
     });
     Split { backends: backends.collect(), overrides: Vec::new(), sticky: None }
 }
@@ -284,7 +285,11 @@ fn unknown_pools_and_canaries_without_endpoints() {
         Found::Rule(CompiledRule { action: CompiledAction::Forward(split), .. }) => {
             let Choice { backend, .. } = split.choose(router, &Lines::new(&[]), &Turns::default());
             let pool = router.pool(split.backends[backend].pool);
-            (backend, pool.pick(&Turns::default(), 0, &[]).map(|endpoint| endpoint.live.address.port()))
+            (
+                backend,
+                pool.pick(&Turns::default(), 0, &[], &Steer::Free)
+                    .map(|endpoint| endpoint.live.address.port()),
+            )
         }
         other => panic!("{other:?}"),
     };

@@ -93,7 +93,7 @@ impl Stream<'_> {
         };
         let worker = &*self.shared.worker;
         let idempotent = is_idempotent(request.method().as_str().as_bytes());
-        let order = Order { worker, router, forward, idempotent, is_head: self.is_head };
+        let order = Order::new(worker, router, forward, idempotent, self.is_head);
         let framing = framing(request, &body);
         let limit = order.body_limit();
         if matches!(framing, Framing::Length(n) if n > limit) {
@@ -294,7 +294,7 @@ impl Stream<'_> {
         let (mut parts, mut body) = response.into_parts();
         let status = parts.status.as_u16();
         (self.record.status, self.record.upstream_status) = (status, status);
-        let bucket = order.forward.split.bucket_line(order.forward.choice);
+        let bucket = order.cookie_lines();
         parts.headers.extend(chunked::header_map(&bucket).unwrap_or_default());
         parts.version = http::Version::HTTP_2;
         // Some endpoints send a body where there is none to be.
@@ -410,7 +410,7 @@ fn response_of(order: &Order<'_>, answer: &mut Buffer) -> Result<(Response<()>, 
     if head.framing == Framing::Chunked || head.framing == Framing::Close {
         headers.remove(header::CONTENT_LENGTH);
     }
-    let bucket = order.forward.split.bucket_line(order.forward.choice);
+    let bucket = order.cookie_lines();
     headers.extend(chunked::header_map(&bucket).unwrap_or_default());
     let (framing, reusable, length) = (head.framing, head.keep_alive, head.length);
     drop(head);
