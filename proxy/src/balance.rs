@@ -223,12 +223,17 @@ impl CompiledPool {
     /// An endpoint for the next attempt: never one whose id is in `tried`, and
     /// not an ejected one unless all others are ejected too. `now_ms` is the
     /// clock of [`LiveEndpoint::is_available`]. `None`: nothing is left to try.
-    pub fn pick(
+    pub fn pick(&self, turns: &Turns, now_ms: u64, tried: &[u64]) -> Option<&CompiledEndpoint> {
+        self.pick_for(&Steer::Free, turns, now_ms, tried)
+    }
+
+    /// As [`CompiledPool::pick`], for a request that may name its endpoint.
+    pub fn pick_for(
         &self,
+        steer: &Steer,
         turns: &Turns,
         now_ms: u64,
         tried: &[u64],
-        steer: &Steer,
     ) -> Option<&CompiledEndpoint> {
         if let [only] = self.endpoints.as_slice() {
             return (!tried.contains(&only.live.id)).then_some(only);

@@ -27,6 +27,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// Peers whose `X-Forwarded-*` are believed. Empty: nobody's.
     pub trusted: Vec<IpNet>,
+    /// Every connection begins with a PROXY header; `None`: none does.
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// Where access logs go; `None`: nowhere.
     pub access_log: Option<AccessLogConfig>,
     /// How a stop proceeds.
@@ -48,12 +50,25 @@ impl Default for Config {
             tls: TlsOptions::default(),
             timeouts: Timeouts::default(),
             trusted: Vec::new(),
+            proxy_protocol: None,
             access_log: None,
             drain: Drain::default(),
             ejection: Ejection::default(),
             zone: None,
         }
     }
+}
+
+/// How connections tell whom they were opened for, as with nginx's
+/// `listen ... proxy_protocol`: the header is due from everybody, and a
+/// connection without one is closed. It is believed only from `trusted`; for
+/// all others it is read and passed over, and their own address holds.
+#[derive(Clone, Debug)]
+pub struct ProxyProtocol {
+    /// Peers whose header is believed.
+    pub trusted: Vec<IpNet>,
+    /// Until the header is complete: closed without a word.
+    pub header_timeout: Duration,
 }
 
 /// Sizes and counts, each with the answer a client gets beyond it.
@@ -69,6 +84,13 @@ pub struct Limits {
     pub body_bytes: Option<u64>,
     /// Client connections per worker; beyond it new ones wait in the kernel's queue.
     pub connections: usize,
+    /// Connections of one client address over all workers; an IPv6 client is
+    /// a /64. Further ones are closed at once. `None`: no limit.
+    pub connections_per_address: Option<u32>,
+    /// The answer to a client beyond [`crate::table::ClientLimits::rates`].
+    pub rate_status: u16,
+    /// The answer to a client beyond [`crate::table::ClientLimits::requests`].
+    pub requests_status: u16,
     /// Idle connections kept per endpoint and worker.
     pub idle_upstream: usize,
     /// Endpoints tried for one request.
@@ -88,6 +110,9 @@ impl Default for Limits {
             target_bytes: 8 << 10,
             body_bytes: None,
             connections: 16_384,
+            connections_per_address: None,
+            rate_status: 503,
+            requests_status: 503,
             idle_upstream: 256,
             tries: 3,
             h2_streams: 128,

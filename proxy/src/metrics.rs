@@ -37,7 +37,7 @@ use prometheus::proto::{self, LabelPair, MetricFamily, MetricType};
 use prometheus::{Registry, TEXT_FORMAT, TextEncoder};
 
 pub use self::route::{Outcome, RouteStats};
-pub use self::worker::{ConnectionMetrics, ProtocolMetrics, Reject, WorkerMetrics};
+pub use self::worker::{ConnectionMetrics, Protocol, ProtocolMetrics, Reject, WorkerMetrics};
 
 use self::route::RouteSet;
 use crate::clock;

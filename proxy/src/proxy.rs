@@ -14,6 +14,7 @@ use crate::access_log::{AccessLog, WorkerLog};
 use crate::certificate::{Certificate, CertificateError};
 use crate::config::Config;
 use crate::endpoint::Endpoints;
+use crate::limit::Limiter;
 use crate::listener;
 use crate::metrics::Metrics;
 use crate::router::{Live, Publisher, Routes, routes};
@@ -94,6 +95,7 @@ impl Proxy {
         let (publisher, routes) = routes(live.clone());
         let default = Arc::new(Certificate::self_signed(&["lockgate.invalid"])?);
         let tls = Tls::new(Arc::new(routes.clone()), default, &config.tls)?;
+        let limiter = Arc::new(Limiter::new(&config.limits, config.workers));
         let (access_log, logs) = match &config.access_log {
             None => (None, Vec::new()),
             Some(log) => {
@@ -112,6 +114,7 @@ impl Proxy {
                 config: config.clone(),
                 live: live.clone(),
                 tls: tls.clone(),
+                limiter: limiter.clone(),
                 routes: routes.clone(),
                 log: logs.next(),
                 https_port: https.first().map(SocketAddr::port),
@@ -207,6 +210,7 @@ struct Seed {
     config: Arc<Config>,
     live: Arc<Live>,
     tls: Tls,
+    limiter: Arc<Limiter>,
     routes: Routes,
     log: Option<WorkerLog>,
     https_port: Option<u16>,
@@ -225,11 +229,11 @@ impl Seed {
     }
 
     async fn serve(self, sockets: Sockets) {
-        let Seed { index, config, live, tls, routes, log, https_port, mut stop, end } = self;
+        let Seed { index, config, live, tls, limiter, routes, log, https_port, mut stop, end } = self;
         let metrics = live.metrics.worker(index);
         let deadline = config.drain.deadline;
         let routes = routes.cache();
-        let parts = Parts { index, config, metrics, tls, routes, log, https_port };
+        let parts = Parts { index, config, metrics, tls, limiter, routes, log, https_port };
         let worker = Worker::new(parts);
         let mut listening = Vec::new();
         for (listener, tls) in sockets {

@@ -2,12 +2,13 @@
 //! between generations wherever nothing changed, and live by one store.
 //!
 //! ```text
-//!  hosts:  exact ─► wildcard ─► any     two 256-way nodes by hash, then a compare
-//!            └─► path trie ─► rule ─► split ─► backend ─► pool slot
+//!  hosts:  exact ─► wildcard ─► any     1,024 tables by hash, then one entry:
+//!            └─► name, path trie ─► rule ─► split ─► backend ─► pool slot
 //!  pools:  slot ─► endpoints ─► live state     changing one compiles no host
 //! ```
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
@@ -15,6 +16,7 @@ use crate::balance::CompiledPool;
 use crate::certificate::Certificate;
 use crate::endpoint::Endpoints;
 use crate::metrics::Metrics;
+use crate::proxy_protocol;
 use crate::split::CompiledSplit;
 use crate::table::{Origin, PathMatch, PoolKey, RoutingTable, RuleLimits};
 use crate::tls::{Candidates, CertificateLookup};
@@ -24,8 +26,8 @@ mod host_map;
 mod path_trie;
 mod slots;
 
-use host_map::ByHost;
-use path_trie::{PathTrie, PathTries};
+use host_map::{ByHost, Entry};
+use path_trie::SharedTries;
 use slots::{Numbers, Pools, Slots};
 
 /// What outlives generations: one per process.
@@ -45,23 +47,34 @@ pub struct Router {
     table: RoutingTable,
     generation: u64,
     hosts: ByHost<CompiledHost>,
+    passthrough: ByHost<CompiledPassthrough>,
     certificates: ByHost<Arc<Vec<Arc<Certificate>>>>,
     pools: Pools,
     slots: Slots,
     /// Of [`crate::balance::Turns`], for splits.
     turns: Numbers,
     /// One for all generations.
-    tries: Arc<PathTries>,
+    tries: Arc<SharedTries>,
     vacant: Arc<CompiledPool>,
 }
 
 /// The rules of one host.
 #[derive(Clone, Debug)]
 struct CompiledHost {
-    /// Shared by all hosts with the same paths, most of which stay in the cache for it.
-    paths: Arc<PathTrie>,
     /// Sorted by path, each path once; the trie names them by index.
     rules: Arc<[CompiledRule]>,
+    /// The trie of their paths, if other hosts have the same; else it is beside
+    /// the host. Boxed, because a pointer of one word makes the entry a line shorter.
+    trie: Option<Arc<Box<[u8]>>>,
+}
+
+impl Entry<CompiledHost> {
+    fn trie(&self) -> &[u8] {
+        match &self.value().trie {
+            Some(trie) => trie,
+            None => self.bytes(),
+        }
+    }
 }
 
 /// What [`Router::find`] found.
@@ -90,6 +103,17 @@ pub struct CompiledRule {
     pub action: CompiledAction,
 }
 
+/// Where the TLS of a host goes unopened.
+#[derive(Clone, Debug)]
+pub struct CompiledPassthrough {
+    /// The argument of [`Router::pool`].
+    pub pool: u32,
+    /// `None` takes the process-wide value.
+    pub connect_timeout: Option<Duration>,
+    /// The PROXY header that endpoints want.
+    pub proxy_protocol: Option<proxy_protocol::Version>,
+}
+
 /// What a rule does with a request.
 #[derive(Clone, Debug)]
 pub enum CompiledAction {
@@ -111,6 +135,7 @@ impl Router {
             table: RoutingTable::default(),
             generation: 0,
             hosts: ByHost::default(),
+            passthrough: ByHost::default(),
             certificates: ByHost::default(),
             pools: Pools::default(),
             slots: Slots::default(),
@@ -132,6 +157,7 @@ impl Router {
             table: self.table.clone(),
             generation: self.generation,
             hosts: self.hosts.clone(),
+            passthrough: self.passthrough.clone(),
             certificates: self.certificates.clone(),
             pools: self.pools.clone(),
             slots: self.slots.clone(),
@@ -147,10 +173,23 @@ impl Router {
     /// one is not asked for the path.
     pub fn find(&self, host: &str, path: &[u8]) -> Found<'_> {
         let Some(host) = self.hosts.find(host) else { return Found::NoHost };
-        match host.paths.find(path) {
-            Some(rule) => Found::Rule(&host.rules[rule as usize]),
+        match path_trie::find(host.trie(), path) {
+            Some(rule) => Found::Rule(&host.value().rules[rule as usize]),
             None => Found::NoPath,
         }
+    }
+
+    /// Whether any host is passed through: only then is it worth asking which.
+    pub fn has_passthrough(&self) -> bool {
+        !self.table.passthrough.is_empty()
+    }
+
+    /// Where TLS for an SNI name (lower case, no trailing dot) goes unopened.
+    /// `None`: it ends here, as it does for an exact host with rules below a
+    /// wildcard that is passed through.
+    pub fn passthrough(&self, server_name: &str) -> Option<&CompiledPassthrough> {
+        let (found, exact) = self.passthrough.find_named(server_name)?;
+        (exact || !self.hosts.has_exact(server_name)).then_some(found.value())
     }
 
     /// The pool in `slot`, as found in a [`crate::split::CompiledBackend`] of this router.
@@ -167,7 +206,7 @@ impl Router {
     /// own, else the wildcard's one label up, else any host's. `None`: use
     /// [`RoutingTable::default_certificate`].
     pub fn certificates(&self, server_name: &str) -> Option<&[Arc<Certificate>]> {
-        self.certificates.find(server_name).map(|certificates| certificates.as_slice())
+        self.certificates.find(server_name).map(|entry| entry.value().as_slice())
     }
 
     /// What this was compiled from.

@@ -10,9 +10,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use imbl::OrdMap;
+use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::certificate::Certificate;
+use crate::proxy_protocol;
 
 mod steering;
 
@@ -29,6 +31,10 @@ pub struct RoutingTable {
     pub hosts: OrdMap<HostPattern, Arc<Host>>,
     /// Endpoints by the key that rules name. A key without an entry answers 503.
     pub pools: OrdMap<PoolKey, Arc<Pool>>,
+    /// Hosts whose TLS is passed to an endpoint unopened, by the name in the
+    /// handshake. An exact host of `hosts` is more precise than a wildcard here.
+    #[serde(skip_serializing_if = "OrdMap::is_empty")]
+    pub passthrough: OrdMap<HostPattern, Arc<Passthrough>>,
     /// Certificates by host pattern, at most one per key algorithm.
     pub certificates: OrdMap<HostPattern, Arc<Vec<Arc<Certificate>>>>,
     /// For a client whose SNI matches nothing. `None`: a self-signed one made at start.
@@ -219,11 +225,65 @@ pub struct RuleLimits {
     /// Largest request body in bytes, answered 413 beyond; `Some(0)` is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_body: Option<u64>,
+    /// What each client may do at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_client: Option<Arc<ClientLimits>>,
 }
 
 impl RuleLimits {
     fn is_default(&self) -> bool {
         *self == RuleLimits::default()
+    }
+}
+
+/// Where the TLS of a host goes unopened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Passthrough {
+    /// Where its endpoints are. What they speak is theirs and the client's to know.
+    pub pool: PoolKey,
+    /// Who asked for it.
+    pub origin: Arc<Origin>,
+    /// Until a connection to an endpoint is established; `None` takes the process-wide value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connect_timeout: Option<Duration>,
+    /// Tell the endpoint by a PROXY header who the client is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<proxy_protocol::Version>,
+}
+
+/// What each client may do at most; IPv6 clients are /64s. Answered with
+/// [`crate::config::Limits::rate_status`] and
+/// [`crate::config::Limits::requests_status`] beyond.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ClientLimits {
+    /// Names the accounts: rules with the same zone share them.
+    pub zone: Arc<str>,
+    /// Requests under way at the same time, tunnels included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests: Option<u32>,
+    /// All of them hold, in this order: what one refuses is not charged to those behind it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rates: Vec<Rate>,
+    /// Clients that are not limited.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub exempt: Vec<IpNet>,
+}
+
+/// So many requests in a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Rate {
+    /// At least 1.
+    pub requests: u32,
+    /// In this time.
+    pub per: Duration,
+    /// How many may come before their time.
+    pub burst: u32,
+}
+
+impl Rate {
+    /// Nanoseconds from one request to the next.
+    pub(crate) fn interval_ns(&self) -> u64 {
+        self.per.as_nanos() as u64 / u64::from(self.requests.max(1))
     }
 }
 

@@ -21,7 +21,7 @@ fn index_of(pool: &CompiledPool, endpoint: &CompiledEndpoint) -> usize {
 fn counts(pool: &CompiledPool, turns: &Turns, picks: usize, tried: &[u64]) -> Vec<usize> {
     let mut counts = vec![0; pool.endpoints.len()];
     for _ in 0..picks {
-        counts[index_of(pool, pool.pick(turns, 0, tried, &Steer::Free).unwrap())] += 1;
+        counts[index_of(pool, pool.pick(turns, 0, tried).unwrap())] += 1;
     }
     counts
 }
@@ -51,7 +51,7 @@ fn round_robin_divides_by_weight() {
 fn workers_start_at_different_endpoints() {
     let pool = pool(Balance::RoundRobin, &[1, 1, 1]);
     let firsts: Vec<usize> = (0..3)
-        .map(|worker| index_of(&pool, pool.pick(&Turns::for_worker(worker), 0, &[], &Steer::Free).unwrap()))
+        .map(|worker| index_of(&pool, pool.pick(&Turns::for_worker(worker), 0, &[]).unwrap()))
         .collect();
     assert_eq!(firsts, [0, 1, 2]);
 }
@@ -73,13 +73,13 @@ fn ejection_is_ignored_when_all_are_ejected_but_tried_is_not() {
             (0..weights.len()).for_each(|index| eject(&pool, index));
             let turns = Turns::default();
             let mut tried = Vec::new();
-            while let Some(picked) = pool.pick(&turns, 50, &tried, &Steer::Free) {
+            while let Some(picked) = pool.pick(&turns, 50, &tried) {
                 assert!(!tried.contains(&picked.live.id));
                 tried.push(picked.live.id);
             }
             assert_eq!(tried.len(), weights.len(), "{balance:?} {weights:?}");
         }
-        assert!(pool(balance, &[]).pick(&Turns::default(), 0, &[], &Steer::Free).is_none());
+        assert!(pool(balance, &[]).pick(&Turns::default(), 0, &[]).is_none());
     }
 }
 
@@ -109,7 +109,7 @@ fn least_request_fills_endpoints_by_weight() {
         let pool = pool(Balance::LeastRequest, weights);
         let turns = Turns::default();
         for _ in 0..800 {
-            pool.pick(&turns, 0, &[], &Steer::Free).unwrap().live.begin();
+            pool.pick(&turns, 0, &[]).unwrap().live.begin();
         }
         let total: u32 = weights.iter().map(|weight| u32::from(*weight)).sum();
         for endpoint in &pool.endpoints {
@@ -152,7 +152,7 @@ fn ewma_prefers_the_fast_one_and_asks_the_slow_one_again() {
         let mut now_ms = 1_000;
         let mut counts = [0; 3];
         for _ in 0..20_000 {
-            let picked = pool.pick(&turns, now_ms, &[], &Steer::Free).unwrap();
+            let picked = pool.pick(&turns, now_ms, &[]).unwrap();
             let index = index_of(&pool, picked);
             counts[index] += 1;
             picked.live.latency().record(now_ms, micros[index]);
@@ -203,7 +203,7 @@ fn least_connections_looks_at_all() {
         let turns = Turns::for_worker(seed as u32);
         for _ in 0..300 {
             let cost = |e: &CompiledEndpoint| f64::from(e.live.in_flight() + 1) / f64::from(e.weight);
-            let picked = pool.pick(&turns, 0, &[], &Steer::Free).unwrap();
+            let picked = pool.pick(&turns, 0, &[]).unwrap();
             let least = pool.endpoints.iter().map(cost).fold(f64::MAX, f64::min);
             assert!((cost(picked) - least).abs() < 1e-9);
             picked.live.begin();
@@ -279,7 +279,7 @@ fn a_new_endpoint_comes_to_its_share_slowly() {
         pool.endpoints[1].live.restart(2_000);
         let share = |now: u64| {
             let picks = (0..8_000).filter(|_| {
-                let picked = pool.pick(&turns, now, &[], &Steer::Free).unwrap();
+                let picked = pool.pick(&turns, now, &[]).unwrap();
                 picked.live.id == pool.endpoints[1].live.id
             });
             picks.count()

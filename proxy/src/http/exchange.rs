@@ -174,7 +174,7 @@ impl Order<'_> {
     /// The next endpoint to try.
     pub(crate) fn pick(&self, tried: &[u64]) -> Option<Rc<Upstream>> {
         let pool = self.router.pool(self.forward.split.backends[self.forward.choice.backend].pool);
-        let endpoint = pool.pick(&self.worker.turns, clock::now_ms(), tried, &self.forward.steer)?;
+        let endpoint = pool.pick_for(&self.forward.steer, &self.worker.turns, clock::now_ms(), tried)?;
         if pool.measures() {
             self.answered.asked.set(Some((endpoint.live.id, Instant::now())));
         }

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use crate::buffer::{Buffer, Output};
 use crate::conn::Conn;
+use crate::limit::{self, Held};
 use crate::metrics;
 use crate::router::Router;
 use crate::table::UpstreamProtocol;
@@ -62,6 +63,8 @@ pub(super) struct Http1 {
     /// Bytes read and not yet used: a head, its body, pipelined requests.
     pub(super) input: Buffer,
     presence: Presence,
+    /// The request, or the tunnel it became, in its client's account.
+    held: Option<Held>,
     /// The latest moment known; saves asking the clock.
     now: Instant,
 }
@@ -91,13 +94,13 @@ pub(super) struct Shape {
 pub(crate) async fn serve(worker: Rc<Worker>, conn: Conn, client: Client, presence: Presence, input: Buffer) {
     let now = Instant::now();
     let timer = Timer::new(now + worker.config.timeouts.keep_alive);
-    let mut this = Http1 { worker, client, conn, timer, input, presence, now };
+    let mut this = Http1 { worker, client, conn, timer, input, presence, held: None, now };
     loop {
         match this.request().await {
             Next::Again => {}
             Next::Close(sending) => return this.close(sending).await,
             Next::Tunnel(upstream, early) => {
-                let Http1 { worker, conn, input, timer, .. } = this;
+                let Http1 { worker, conn, input, timer, held: _held, .. } = this;
                 return super::tunnel::run(&worker, conn, *upstream, input, early, timer).await;
             }
         }
@@ -203,7 +206,7 @@ impl Http1 {
         let Some(head) = RequestHead::parse(self.input.filled(), &mut room, &worker.config.limits)? else {
             return Ok(None);
         };
-        let forwarded = self.client.forwarded(&forward::claims(&head));
+        let forwarded = self.client.forwarded(|| forward::claims(&head));
         let view = Http1View { head: &head, client: forwarded.address };
         let https = forwarded.is_https(&self.client);
         let asked = Asked {
@@ -213,7 +216,8 @@ impl Http1 {
             path: head.path(),
             https,
         };
-        let verdict = decide(worker, router, &self.client, &asked, &view)?;
+        let mut verdict = decide(worker, router, &self.client, &asked, &view)?;
+        self.held = limit::admit(worker, &mut verdict, forwarded.address);
         let id = RequestId::new(head.first(Field::XRequestId), &mut worker.random.borrow_mut());
         let mut request = None;
         match &verdict {
@@ -252,7 +256,7 @@ impl Http1 {
             notes,
         };
         let length = head.length;
-        drop(head);
+        drop((head, forwarded));
         self.input.consume(length);
         Ok(Some(plan))
     }
@@ -283,6 +287,9 @@ impl Http1 {
                 }
             }
         };
+        if !matches!(next, Next::Tunnel(..)) {
+            self.held = None;
+        }
         self.now = Instant::now();
         self.worker.metrics.requests_in_flight.dec();
         let protocol = if plan.shape.minor == 0 { "HTTP/1.0" } else { "HTTP/1.1" };

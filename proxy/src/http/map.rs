@@ -33,7 +33,7 @@ pub(crate) fn is_replaced(name: &HeaderName) -> bool {
 pub(crate) fn claims(headers: &HeaderMap) -> Claims<'_> {
     let get = |name: &str| headers.get(name).map(HeaderValue::as_bytes);
     Claims {
-        for_: get("x-forwarded-for"),
+        for_: headers.get_all("x-forwarded-for").iter().map(HeaderValue::as_bytes).collect(),
         proto: get("x-forwarded-proto"),
         host: get("x-forwarded-host"),
         port: get("x-forwarded-port"),

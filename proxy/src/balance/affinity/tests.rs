@@ -48,7 +48,7 @@ fn visit(
     let line = cookie.map(|cookie| format!("other=1; s={cookie}"));
     let headers: Vec<(&str, &str)> = line.iter().map(|line| ("cookie", &**line)).collect();
     let seat = Seat::of(session, TAG, pool, &Lines::new(&headers), false, turns, 0);
-    let served = pool.pick(turns, 0, tried, &Steer::Seat(seat)).unwrap();
+    let served = pool.pick_for(&Steer::Seat(seat), turns, 0, tried).unwrap();
     let path = PathMatch::Prefix("/shop".into());
     let mut set = SmallVec::new();
     seat.write_cookie(session, TAG, pool, &path, served.live.id, turns, &mut set);

@@ -10,6 +10,7 @@ use crate::http::client::{Client, Forwarded};
 use crate::http::forward::{RequestId, put, write_framing};
 use crate::http::head::{Framing, Reject, is_authority};
 use crate::http::{Asked, Verdict, decide, map, write_https_location};
+use crate::limit::{self, Held};
 use crate::router::Router;
 use crate::table::UpstreamProtocol;
 
@@ -25,6 +26,8 @@ pub(super) struct Plan {
     pub(super) head: Output,
     /// Request for an HTTP/2 endpoint.
     pub(super) request: Option<Request<()>>,
+    /// The request in its client's account.
+    _held: Option<Held>,
 }
 
 /// Decides, and prepares what is sent upstream.
@@ -48,7 +51,7 @@ pub(super) fn plan<'r>(
     if *request.method() == Method::CONNECT {
         return Err(Reject { status: 405, reason: "method not allowed" });
     }
-    let forwarded = client.forwarded(&map::claims(request.headers()));
+    let forwarded = client.forwarded(|| map::claims(request.headers()));
     let view = map::MapView { headers: request.headers(), client: forwarded.address };
     let https = forwarded.is_https(client);
     let asked = Asked {
@@ -58,10 +61,11 @@ pub(super) fn plan<'r>(
         path: request.uri().path().as_bytes(),
         https,
     };
-    let verdict = decide(worker, router, client, &asked, &view)?;
+    let mut verdict = decide(worker, router, client, &asked, &view)?;
+    let held = limit::admit(worker, &mut verdict, forwarded.address);
     let sent = request.headers().get("x-request-id").map(HeaderValue::as_bytes);
     let id = RequestId::new(sent, &mut worker.random.borrow_mut());
-    let mut plan = Plan { authority, id, location: None, head: Output::take(), request: None };
+    let mut plan = Plan { authority, id, location: None, head: Output::take(), request: None, _held: held };
     match &verdict {
         Verdict::Answer(answer) if answer.to_https => {
             let mut location = Vec::new();
