@@ -1,6 +1,7 @@
 //! What stays fixed for the life of the process.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -36,6 +37,9 @@ pub struct Config {
     pub ejection: Ejection,
     /// How TCP and UDP ports are relayed.
     pub l4: L4Options,
+    /// Where this process runs (`topology.kubernetes.io/zone` of its node).
+    /// `None`: no zone is preferred.
+    pub zone: Option<Arc<str>>,
 }
 
 impl Default for Config {
@@ -53,6 +57,7 @@ impl Default for Config {
             drain: Drain::default(),
             ejection: Ejection::default(),
             l4: L4Options::default(),
+            zone: None,
         }
     }
 }

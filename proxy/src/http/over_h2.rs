@@ -101,7 +101,7 @@ impl Order<'_> {
             let broken = match self.exchange_h2(timer, source, request, lease, body).await {
                 Ok(answering) => {
                     record.first_byte = Some(Instant::now());
-                    upstream.live.succeeded();
+                    self.answered(&upstream);
                     return Ok(answering);
                 }
                 Err(broken) => broken,

@@ -106,7 +106,7 @@ impl Stream<'_> {
         let worker = &*self.shared.worker;
         // Of a tunnel nothing has been sent before it stands.
         let idempotent = plan.websocket.is_some() || is_idempotent(request.method().as_str().as_bytes());
-        let order = Order { worker, router, forward, idempotent, is_head: self.is_head };
+        let order = Order::new(worker, router, forward, idempotent, self.is_head);
         let framing = framing(request, &body);
         let limit = order.body_limit();
         if matches!(framing, Framing::Length(n) if n > limit) {
@@ -365,7 +365,7 @@ impl Stream<'_> {
     ) -> Result<(), Failure> {
         let status = parts.status.as_u16();
         (self.record.status, self.record.upstream_status) = (status, status);
-        let bucket = order.forward.split.bucket_line(order.forward.choice);
+        let bucket = order.cookie_lines();
         parts.headers.extend(chunked::header_map(&bucket).unwrap_or_default());
         parts.version = http::Version::HTTP_2;
         self.send_head(Response::from_parts(parts, ()), end)
@@ -481,7 +481,7 @@ fn response_of(order: &Order<'_>, answer: &mut Buffer) -> Result<(Response<()>, 
     if head.framing == Framing::Chunked || head.framing == Framing::Close {
         headers.remove(header::CONTENT_LENGTH);
     }
-    let bucket = order.forward.split.bucket_line(order.forward.choice);
+    let bucket = order.cookie_lines();
     headers.extend(chunked::header_map(&bucket).unwrap_or_default());
     let (framing, reusable, length) = (head.framing, head.keep_alive, head.length);
     drop(head);
