@@ -19,6 +19,8 @@ pub mod clock;
 pub mod config;
 mod conn;
 pub mod endpoint;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod handover;
 mod http;
 pub mod l4;

@@ -79,9 +79,16 @@ impl Limiter {
         if limits.exempt.iter().any(|network| network.contains(&client)) {
             return Ok(None);
         }
+        let account = self.account(limits.zone.as_bytes(), client);
+        let held = match limits.requests {
+            None => None,
+            Some(most) => {
+                let counts = self.requests.get_or_init(|| Arc::new(Counts::new(OCCUPIED)));
+                counts.enter(account, most).map_err(|Over| Reject::TooManyRequests)?
+            }
+        };
         if !limits.rates.is_empty() {
             let rates = self.rates.get_or_init(|| Rates::new(RATED));
-            let account = self.account(limits.zone.as_bytes(), client);
             let now = clock::now_us() * 1000;
             for (rate, number) in limits.rates.iter().zip(1u64..) {
                 // Spread over the table like the account itself (2^64 over the golden ratio).
@@ -89,10 +96,7 @@ impl Limiter {
                 rates.take(account, rate, now).map_err(|Over| Reject::RateLimited)?;
             }
         }
-        let Some(most) = limits.requests else { return Ok(None) };
-        let counts = self.requests.get_or_init(|| Arc::new(Counts::new(OCCUPIED)));
-        let account = self.account(limits.zone.as_bytes(), client);
-        counts.enter(account, most).map_err(|Over| Reject::TooManyRequests)
+        Ok(held)
     }
 
     /// Seeded, so that nobody can aim at another's account.

@@ -256,7 +256,8 @@ pub struct ClientLimits {
     /// Requests under way at the same time, tunnels included.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub requests: Option<u32>,
-    /// All of them hold, in this order: what one refuses is not charged to those behind it.
+    /// All of them hold, in this order, behind `requests`: what one refuses is not charged
+    /// to those behind it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rates: Vec<Rate>,
     /// Clients that are not limited.

@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
+use smallvec::SmallVec;
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
 
@@ -32,6 +33,7 @@ use super::record::{Notes, Record, Texts, finish};
 use super::{Asked, Verdict, decide, is_idempotent, phrase, write_https_location};
 
 mod body;
+mod bulk;
 mod over_h2;
 mod relay;
 mod upload;
@@ -70,7 +72,8 @@ pub(super) struct Http1 {
 pub(super) struct Plan<'r> {
     pub(super) verdict: Verdict<'r>,
     pub(super) shape: Shape,
-    pub(super) wants_upgrade: bool,
+    /// The protocol the client would switch to; empty: none.
+    pub(super) upgrade: SmallVec<[u8; 16]>,
     pub(super) expects_continue: bool,
     pub(super) idempotent: bool,
     /// For an endpoint that speaks HTTP/2.
@@ -243,7 +246,7 @@ impl Http1 {
                 keep_alive: head.keep_alive,
                 is_head: head.method == b"HEAD",
             },
-            wants_upgrade: head.upgrade.is_some(),
+            upgrade: SmallVec::from_slice(head.upgrade.unwrap_or_default()),
             expects_continue: head.expects_continue,
             idempotent: is_idempotent(head.method),
             request,

@@ -153,7 +153,7 @@ fn limits_of_a_rule() {
     let limits = ClientLimits {
         zone: "shop/web".into(),
         requests: Some(2),
-        rates: vec![rate(1, 3600, 3), rate(1, 1800, 9)],
+        rates: vec![rate(1, 3600, 2), rate(1, 1800, 9)],
         exempt: vec!["198.51.100.0/24".parse().unwrap()],
     };
     let client = ip("192.0.2.1");

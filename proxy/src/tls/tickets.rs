@@ -5,12 +5,13 @@
 //! process over its UNIX socket ([`crate::handover`]) and nowhere else.
 
 use std::fmt;
-use std::sync::{PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, Nonce, RandomizedNonceKey};
 use aws_lc_rs::rand;
 use rustls::server::ProducesTickets;
+use tokio::time::Instant;
 
 /// How long a key seals; it opens for as long again.
 const ROTATION: Duration = Duration::from_secs(6 * 3600);
@@ -28,12 +29,13 @@ pub(crate) const KEYS: usize = 2;
 /// A key to pass on. Secret: it has no `Debug` of its content.
 pub(crate) type Exported = [u8; EXPORTED];
 
-/// One for all workers. Locked once per ticket made or shown, never per request.
-pub(crate) struct TicketKeys(RwLock<Keys>);
+/// One for all workers. Locked for a moment per ticket made or shown, never per request.
+pub(crate) struct TicketKeys(Mutex<Keys>);
 
+#[derive(Clone)]
 struct Keys {
-    current: Key,
-    previous: Option<Key>,
+    current: Arc<Key>,
+    previous: Option<Arc<Key>>,
 }
 
 struct Key {
@@ -55,27 +57,30 @@ impl TicketKeys {
             Some(current) => (current, good.next()),
             None => (Key::random().ok_or(rustls::Error::FailedToGetRandomBytes)?, None),
         };
-        Ok(TicketKeys(RwLock::new(Keys { current, previous })))
+        let (current, previous) = (Arc::new(current), previous.map(Arc::new));
+        Ok(TicketKeys(Mutex::new(Keys { current, previous })))
     }
 
     /// The keys that still open tickets, the current one first.
     pub(crate) fn export(&self) -> Vec<Exported> {
-        let keys = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        std::iter::once(&keys.current).chain(&keys.previous).map(Key::export).collect()
+        self.good().map(|key| key.export()).collect()
     }
 
-    /// Has a new key seal when the current one has done so for long enough.
-    fn rotate(&self) {
-        let is_due = |keys: &Keys| keys.current.born.elapsed() >= ROTATION;
-        if !is_due(&self.0.read().unwrap_or_else(PoisonError::into_inner)) {
-            return;
+    fn good(&self) -> impl Iterator<Item = Arc<Key>> {
+        let Keys { current, previous } = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        std::iter::once(current).chain(previous).filter(|key| key.is_good())
+    }
+
+    /// The key to seal with: a new one when the current one has done so for long enough.
+    fn sealing(&self) -> Option<Arc<Key>> {
+        let mut keys = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if keys.current.born.elapsed() >= ROTATION
+            && let Some(fresh) = Key::random()
+        {
+            keys.previous = Some(std::mem::replace(&mut keys.current, Arc::new(fresh)));
         }
-        // Without random bytes the current key stays: `encrypt` refuses one that is too old.
-        let Some(fresh) = Key::random() else { return };
-        let mut keys = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if is_due(&keys) {
-            keys.previous = Some(std::mem::replace(&mut keys.current, fresh));
-        }
+        // Without random bytes the current one serves on, as long as it is good.
+        Some(keys.current.clone()).filter(|key| key.is_good())
     }
 }
 
@@ -89,20 +94,16 @@ impl ProducesTickets for TicketKeys {
     }
 
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
-        self.rotate();
-        let keys = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let Key { name, aead, .. } = Some(&keys.current).filter(|key| key.is_good())?;
+        let key = self.sealing()?;
         let mut sealed = plain.to_vec();
-        let nonce = aead.seal_in_place_append_tag(Aad::from(name), &mut sealed).ok()?;
-        Some([&name[..], nonce.as_ref(), &sealed].concat())
+        let nonce = key.aead.seal_in_place_append_tag(Aad::from(key.name), &mut sealed).ok()?;
+        Some([&key.name[..], nonce.as_ref(), &sealed].concat())
     }
 
     fn decrypt(&self, ticket: &[u8]) -> Option<Vec<u8>> {
         let (name, rest) = ticket.split_first_chunk::<NAME>()?;
         let (nonce, sealed) = rest.split_first_chunk::<NONCE>()?;
-        let keys = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let mut good = std::iter::once(&keys.current).chain(&keys.previous).filter(|key| key.is_good());
-        let key = good.find(|key| key.name == *name)?;
+        let key = self.good().find(|key| key.name == *name)?;
         let mut opened = sealed.to_vec();
         let length = key.aead.open_in_place(Nonce::from(nonce), Aad::from(name), &mut opened).ok()?.len();
         opened.truncate(length);
