@@ -129,11 +129,12 @@ async fn connection(worker: Rc<Worker>, presence: Presence, tcp: TcpStream, peer
         let client = Client::new(peer, local, &worker.config.trusted, None);
         return plaintext(worker, tcp, client, presence, counted).await;
     }
-    let Some((conn, tls, h2)) = handshake(&worker, tcp).await else { return };
+    // Boxed: the task keeps the size of its largest state, idle or not.
+    let Some((conn, tls, h2)) = Box::pin(handshake(&worker, tcp)).await else { return };
     let client = Client::new(peer, local, &worker.config.trusted, Some(tls));
     counted.speaks(h2);
     match h2 {
-        true => h2::serve(worker, conn, client, presence, Buffer::new()).await,
+        true => Box::pin(h2::serve(worker, conn, client, presence, Buffer::new())).await,
         false => h1::serve(worker, conn, client, presence, Buffer::new()).await,
     }
 }
@@ -243,7 +244,7 @@ async fn plaintext(
         }
         if compared == PREFACE.len() {
             counted.speaks(true);
-            return h2::serve(worker, conn, client, presence, input).await;
+            return Box::pin(h2::serve(worker, conn, client, presence, input)).await;
         }
     }
 }
