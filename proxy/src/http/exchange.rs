@@ -296,7 +296,9 @@ impl Order<'_> {
         if let Some(peer) = idle {
             return Ok(peer);
         }
-        match timer.within(self.connect_deadline(), self.worker.upstreams.connect(upstream)).await {
+        // Boxed, as everything rare: a connection's task is as large as its largest state.
+        let connecting = Box::pin(self.worker.upstreams.connect(upstream));
+        match timer.within(self.connect_deadline(), connecting).await {
             Ok(Ok(peer)) => Ok(peer),
             Ok(Err(_)) => Err(Failure::Endpoint("cannot connect to the endpoint")),
             Err(Late) => {

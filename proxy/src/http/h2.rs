@@ -76,7 +76,7 @@ pub(crate) async fn serve(
         .enable_connect_protocol()
         .handshake::<_, Bytes>(Rewound { input, conn });
     let deadline = Instant::now() + worker.config.timeouts.header;
-    let Ok(Ok(mut connection)) = timer.within(deadline, handshake).await else { return };
+    let Ok(Ok(mut connection)) = timer.within(deadline, Box::pin(handshake)).await else { return };
     let shared = Rc::new(Http2 { worker, client, streams: Cell::new(0), changed: Notify::new() });
     let mut ending = false;
     loop {
