@@ -21,3 +21,4 @@ pub mod source;
 pub mod store;
 pub(crate) mod text;
 pub mod translate;
+pub(crate) mod upgrade;

@@ -85,7 +85,7 @@ fn written(head: &RequestHead<'_, '_>, trusted: bool) -> Vec<u8> {
     let peer = SocketAddr::from(([192, 0, 2, 7], 4711));
     let trust = if trusted { vec![peer.ip().into()] } else { Vec::new() };
     let client = Client::new(peer, SocketAddr::from(([127, 0, 0, 1], 80)), &trust, None);
-    let told = client.forwarded(&claims(head));
+    let told = client.forwarded(|| claims(head));
     let id = RequestId::new(head.first(Field::XRequestId), &mut fastrand::Rng::with_seed(1));
     let mut out = Vec::new();
     write_request(&mut out, head, &client, &told, &id);
