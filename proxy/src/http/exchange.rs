@@ -28,7 +28,7 @@ use super::record::Record;
 use super::response::{BadResponse, ResponseHead};
 
 /// Room for a response head; endpoints are trusted to stay below it.
-const RESPONSE_HEAD_BYTES: usize = 64 << 10;
+pub(crate) const RESPONSE_HEAD_BYTES: usize = 64 << 10;
 
 /// The client's side of an exchange: where the request body comes from.
 pub(crate) trait Source {
