@@ -40,7 +40,7 @@ pub async fn run(args: &IngressArgs) -> anyhow::Result<()> {
     // Everything is read, translated and compiled before a connection is accepted:
     // a client that is answered finds the routes there.
     let (mut folder, snapshot) = Folder::open(&args.manifests, args.folder())?;
-    let mut translation = Translation::new(args.objects.options());
+    let mut translation = Translation::new(args.options());
     translation.update(&snapshot);
     let (proxy, publisher) = Proxy::bind(args.config(), &inherited)?;
     let mut publishing = Publishing::new(publisher, proxy.live().clone());
