@@ -17,8 +17,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use lockgate_controller::admin;
+use support::binary::Binary;
 use support::clients::PATIENCE;
-use support::gate::Gate;
+use support::gate::{self, Gate};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
@@ -202,6 +203,72 @@ async fn a_port_that_somebody_else_has_is_opened_when_it_is_free() {
     state(&gate, &format!("tcp/127.0.0.1:{port}"), Some("open at")).await;
     assert_eq!(greeting(port).await, "db");
     assert!(gate.close());
+}
+
+/// Two processes after one another, to more workers and to fewer: every client is answered meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upgrade_hands_the_ports_over_and_loses_nobody() {
+    let folder = TempDir::new().unwrap();
+    let (db, dns) = (tcp_endpoint("db").await, udp_endpoint("dns:").await);
+    let port = free_port().await;
+    let manifests = [
+        service("db", "TCP", db),
+        service("dns", "UDP", dns),
+        config_map("tcp-services", &[(port, "shop/db:1000")]),
+        config_map("udp-services", &[(port, "shop/dns:1000")]),
+    ];
+    write(folder.path(), "all.yaml", &manifests.concat());
+    let place = TempDir::new().unwrap();
+    let socket = place.path().join("upgrade").to_str().unwrap().to_owned();
+    let start = |workers: &str| {
+        let more = [&FLAGS[..], &["--upgrade-socket", &socket, "--workers", workers]].concat();
+        let mut flags = gate::flags(folder.path(), &more);
+        // The flags of a test name a number already.
+        let first = flags.iter().position(|flag| flag == "--workers").unwrap();
+        flags.drain(first..first + 2);
+        Binary::run(&flags, "info")
+    };
+    let mut binary = start("2");
+    let mut early = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    early.read_exact(&mut [0; 2]).await.unwrap();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let asking: Vec<_> = (0..4)
+        .map(|n| {
+            let stopped = stopped.clone();
+            tokio::spawn(async move {
+                let mut answers = 0;
+                while !*stopped.borrow() {
+                    match n % 2 {
+                        0 => assert_eq!(greeting(port).await, "db"),
+                        _ => assert_eq!(ask(port, "who?").await, "dns:who?"),
+                    }
+                    answers += 1;
+                }
+                answers
+            })
+        })
+        .collect();
+    let mut ended = Vec::new();
+    for workers in ["3", "1"] {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let new = start(workers);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        early.write_all(b"still here?").await.unwrap();
+        timeout(PATIENCE, early.read_exact(&mut [0; 11])).await.unwrap().unwrap();
+        ended.push(std::mem::replace(&mut binary, new));
+    }
+    stop.send_replace(true);
+    for asking in asking {
+        assert!(asking.await.unwrap() > 10);
+    }
+    drop(early);
+    binary.terminate();
+    ended.push(binary);
+    for binary in ended {
+        let (status, said) = tokio::task::spawn_blocking(|| binary.wait()).await.unwrap();
+        assert_eq!(status, Some(0), "{said}");
+        assert!(said.contains("drained"), "{said}");
+    }
 }
 
 #[test]
