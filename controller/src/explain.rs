@@ -223,7 +223,11 @@ impl Answer<'_> {
             (_, n) => format!("the longest of {n} matches"),
         };
         let (kind, written) = (routes::path_type(&rule.path), printable(rule.path.as_str()));
-        self.step("path", Tone::Good, &format!("{kind} {written} of {}: {why}", routes::origin_text(&rule)));
+        self.step(
+            "path",
+            Tone::Good,
+            &format!("{kind} {written} of {}: {why}", routes::origin_text(&rule.origin)),
+        );
         self.others(host, Some(&rule.path), path);
         Some(rule)
     }
