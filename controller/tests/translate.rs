@@ -23,6 +23,8 @@ struct Output {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     documents: Vec<String>,
     hosts: serde_yaml::Value,
+    #[serde(skip_serializing_if = "is_empty")]
+    passthrough: serde_yaml::Value,
     pools: serde_yaml::Value,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     certificates: BTreeMap<String, Vec<String>>,
@@ -30,6 +32,10 @@ struct Output {
     default_certificate: Option<String>,
     services: serde_yaml::Value,
     statuses: BTreeMap<String, Vec<String>>,
+}
+
+fn is_empty(value: &serde_yaml::Value) -> bool {
+    value.as_mapping().is_some_and(serde_yaml::Mapping::is_empty)
 }
 
 #[test]
@@ -135,6 +141,7 @@ fn output(documents: Vec<String>, desired: &Desired) -> Output {
     Output {
         documents,
         hosts: serde_yaml::to_value(&routes.hosts).unwrap(),
+        passthrough: serde_yaml::to_value(&routes.passthrough).unwrap(),
         pools: serde_yaml::to_value(&routes.pools).unwrap(),
         certificates: routes
             .certificates

@@ -1,7 +1,9 @@
 //! The routes of a table as rows for people and programs.
 
 use lockgate_proxy::RoutingTable;
-use lockgate_proxy::table::{Action, Backend, HostPattern, PathMatch, PoolKey, Rule, Split, Sticky, When};
+use lockgate_proxy::table::{
+    Action, Backend, HostPattern, Origin, PathMatch, PoolKey, Rule, Split, Sticky, When,
+};
 use serde::Serialize;
 
 use crate::text::{Text, Tone, count, printable};
@@ -19,6 +21,9 @@ pub(crate) struct Route {
     pub(crate) origin: String,
     /// A certificate of the table covers the host.
     pub(crate) tls: bool,
+    /// TLS goes unopened to endpoints of this pool.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) passthrough: Option<String>,
     /// Plaintext requests are sent to https.
     pub(crate) https_redirect: bool,
     /// What is answered instead of forwarding.
@@ -71,6 +76,7 @@ fn route(table: &RoutingTable, pattern: &HostPattern, rule: &Rule) -> Route {
         path_type: path_type(&rule.path),
         origin: origin_text(rule),
         tls: certificate_pattern(table, pattern.as_str()).is_some(),
+        passthrough: table.passthrough.get(pattern).map(|passed| passed.pool.0.to_string()),
         https_redirect: rule.https_redirect,
         answer,
         backends: split.map(|split| shares(table, split)).unwrap_or_default(),
@@ -92,7 +98,11 @@ pub(crate) fn path_type(path: &PathMatch) -> &'static str {
 }
 
 pub(crate) fn origin_text(rule: &Rule) -> String {
-    format!("{} {}/{}", rule.origin.kind, rule.origin.namespace, rule.origin.name)
+    object_text(&rule.origin)
+}
+
+pub(crate) fn object_text(origin: &Origin) -> String {
+    format!("{} {}/{}", origin.kind, origin.namespace, origin.name)
 }
 
 /// The certificate entry for a host: its own, else the wildcard's one label up,
@@ -193,6 +203,10 @@ fn targets(route: &Route) -> Vec<(Tone, String)> {
     lines.extend(route.sticky.iter().map(|sticky| (Tone::Faint, sticky.clone())));
     if let Some((_, first)) = lines.first_mut() {
         match (route.tls, route.https_redirect) {
+            (_, true) if route.passthrough.is_some() => {
+                first.push_str("  [tls passed through, http redirected]")
+            }
+            (_, false) if route.passthrough.is_some() => first.push_str("  [tls passed through]"),
             (true, true) => first.push_str("  [tls, http redirected]"),
             (true, false) => first.push_str("  [tls]"),
             (false, true) => first.push_str("  [http redirected]"),
