@@ -8,7 +8,6 @@
 //! ```
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use imbl::OrdMap;
@@ -19,9 +18,10 @@ use crate::certificate::Certificate;
 use crate::endpoint::Endpoints;
 use crate::l4::ListenerStates;
 use crate::metrics::{ListenerStats, Metrics};
-use crate::proxy_protocol;
 use crate::split::CompiledSplit;
-use crate::table::{L4Listener, ListenerKey, Origin, PathMatch, PoolKey, RoutingTable, RuleLimits};
+use crate::table::{
+    L4Listener, ListenerKey, Origin, Passthrough, PathMatch, PoolKey, RoutingTable, RuleLimits,
+};
 use crate::tls::{Candidates, CertificateLookup};
 
 mod compile;
@@ -125,10 +125,8 @@ pub struct CompiledRule {
 pub struct CompiledPassthrough {
     /// The argument of [`Router::pool`].
     pub pool: u32,
-    /// `None` takes the process-wide value.
-    pub connect_timeout: Option<Duration>,
-    /// The PROXY header that endpoints want.
-    pub proxy_protocol: Option<proxy_protocol::Version>,
+    /// As it is in the table.
+    pub desired: Arc<Passthrough>,
 }
 
 /// What a rule does with a request.

@@ -9,6 +9,10 @@ use crate::objects::{Labels, Notice};
 
 pub(super) const PREFIX: &str = "nginx.ingress.kubernetes.io/";
 pub(super) const STICKY: &str = "lockgate.io/canary-sticky";
+pub(super) const PASSTHROUGH_HEADER: &str = "lockgate.io/ssl-passthrough-proxy-protocol";
+
+/// Those of our own.
+const OWN: [&str; 2] = [STICKY, PASSTHROUGH_HEADER];
 
 /// What an annotation means here.
 #[derive(Clone, Copy, Debug)]
@@ -39,11 +43,13 @@ enum Enabled {
     Set,
     /// By any value but zero.
     NotZero,
+    /// By what is no number; by a number it is implemented.
+    NotANumber,
     /// By configuration text with any directive that is not known to be harmless.
     Snippet,
 }
 
-use Enabled::{NotZero, Set, Snippet};
+use Enabled::{NotANumber, NotZero, Set, Snippet};
 use Meaning::{NoEffect, NotYet, NotYetOfCanary, OfCanary, Restricts, RestrictsHost, Served, Tunes};
 
 const BUFFERS: &str = "bodies are streamed with bounded buffers";
@@ -121,14 +127,14 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("global-rate-limit-key",                    Tunes),
     ("global-rate-limit-window",                 Tunes),
     ("http2-push-preload",                       NoEffect("browsers and nginx removed HTTP/2 push")),
-    ("limit-allowlist",                          Tunes),
-    ("limit-burst-multiplier",                   Tunes),
-    ("limit-connections",                        Restricts(NotZero)),
+    ("limit-allowlist",                          Served),
+    ("limit-burst-multiplier",                   Served),
+    ("limit-connections",                        Restricts(NotANumber)),
     ("limit-rate",                               Restricts(NotZero)),
     ("limit-rate-after",                         Tunes),
-    ("limit-rpm",                                Restricts(NotZero)),
-    ("limit-rps",                                Restricts(NotZero)),
-    ("limit-whitelist",                          Tunes),
+    ("limit-rpm",                                Restricts(NotANumber)),
+    ("limit-rps",                                Restricts(NotANumber)),
+    ("limit-whitelist",                          Served),
     ("load-balance",                             OfCanary),
     ("mirror-host",                              NotYet("")),
     ("mirror-request-body",                      NotYet("on")),
@@ -183,7 +189,7 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("session-cookie-samesite",                  NotYetOfCanary("")),
     ("session-cookie-secure",                    NotYetOfCanary("")),
     ("ssl-ciphers",                              NoEffect(MODERN_TLS)),
-    ("ssl-passthrough",                          RestrictsHost(Set)),
+    ("ssl-passthrough",                          Served),
     ("ssl-prefer-server-ciphers",                NoEffect(MODERN_TLS)),
     ("ssl-redirect",                             Served),
     ("stream-snippet",                           NotYet("")),
@@ -218,8 +224,9 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
     let mut closed: Option<Closed> = None;
     for (key, value) in annotations {
         let Some(name) = key.strip_prefix(PREFIX) else {
-            if key.starts_with("lockgate.io/") && &**key != STICKY {
-                notices.push(unknown(key, STICKY.to_owned()));
+            if key.starts_with("lockgate.io/") && !OWN.contains(&&**key) {
+                let nearest = OWN.into_iter().min_by_key(|own| edits(key.get(..64).unwrap_or(key), own));
+                notices.push(unknown(key, nearest.unwrap_or_default().to_owned()));
             }
             continue;
         };
@@ -236,7 +243,11 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
         let whole_host = matches!(meaning, RestrictsHost(_));
         if restricts(meaning, value) && closed.as_ref().is_none_or(|closed| whole_host && !closed.whole_host)
         {
-            let reason = format!("annotation {name} restricts access and is not implemented yet").into();
+            let problem = match meaning {
+                Restricts(NotANumber) => "is no number",
+                _ => "is not implemented yet",
+            };
+            let reason = format!("annotation {name} restricts access and {problem}").into();
             closed = Some(Closed { reason, whole_host });
         }
     }
@@ -252,6 +263,7 @@ fn restricts(meaning: &Meaning, value: &str) -> bool {
     match enabled {
         Set => true,
         NotZero => value.parse() != Ok(0u64),
+        NotANumber => value.parse::<u64>().is_err(),
         Snippet => !is_harmless(value),
     }
 }
@@ -259,6 +271,13 @@ fn restricts(meaning: &Meaning, value: &str) -> bool {
 fn notice(key: &str, name: &str, value: &str, meaning: &Meaning) -> Option<Notice> {
     let field = field(key);
     match meaning {
+        Restricts(NotANumber) if restricts(meaning, value) => Some(Notice::error(
+            field,
+            format!(
+                "{name} restricts access, and {value:?} is no number: the routes of this Ingress answer 503"
+            ),
+            "write a whole number; 0 is no limit",
+        )),
         Restricts(_) | RestrictsHost(_) if restricts(meaning, value) => {
             let routes = match meaning {
                 RestrictsHost(_) => "all routes of its hosts",
@@ -393,6 +412,10 @@ mod tests {
             ("enable-modsecurity", "false", None, false),
             ("enable-modsecurity", "sure", Some(Error), true),
             ("limit-rps", "0", None, false),
+            ("limit-rps", "5", None, false),
+            ("limit-rps", "-5", Some(Error), true),
+            ("limit-rate", "5", Some(Error), true),
+            ("ssl-passthrough", "true", None, false),
             ("limit-rps", "five", Some(Error), true),
             ("limit-rate-after", "5", None, false),
             ("whitelist-source-range", "10.0.0.0/8", Some(Error), true),

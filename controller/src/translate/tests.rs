@@ -22,7 +22,7 @@ const HOSTS: [&str; 6] = ["a.x", "b.x", "*.x", "", "A.x:80", "10.0.0.1"];
 const PATHS: [&str; 6] = ["/", "/a", "/a/", "/a/b", "", "a"];
 const TYPES: [&str; 4] = ["Prefix", "Exact", "ImplementationSpecific", "prefix"];
 const NAMES: [&str; 5] = ["one", "two", "three", "four", "five"];
-const ANNOTATIONS: [(&str, &str); 14] = [
+const ANNOTATIONS: [(&str, &str); 16] = [
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary-weight", "30"),
@@ -34,6 +34,8 @@ const ANNOTATIONS: [(&str, &str); 14] = [
     ("nginx.ingress.kubernetes.io/backend-protocol", "GRPC"),
     ("nginx.ingress.kubernetes.io/ssl-redirect", "false"),
     ("nginx.ingress.kubernetes.io/auth-url", "http://auth"),
+    ("nginx.ingress.kubernetes.io/limit-rps", "5"),
+    ("nginx.ingress.kubernetes.io/ssl-passthrough", "true"),
     ("nginx.ingress.kubernetes.io/rewrite-target", "/"),
     ("lockgate.io/canary-sticky", "cookie"),
     ("kubernetes.io/ingress.class", "other"),
@@ -217,7 +219,12 @@ fn options(rng: &mut Rng) -> Options {
         ingress_class: maybe(rng, 0.4, |_| "own".to_owned()),
         require_class: rng.u8(..4) == 0,
         default_certificate: maybe(rng, 0.4, |rng| Key::new("n", pick(rng, &NAMES))),
-        streams: StreamOptions::default(),
+        streams: StreamOptions {
+            tcp_services: maybe(rng, 0.6, |rng| Key::new("n", pick(rng, &NAMES))),
+            udp_services: maybe(rng, 0.6, |rng| Key::new("n", pick(rng, &NAMES))),
+            reserved: [9001].into(),
+            ..StreamOptions::default()
+        },
     }
 }
 

@@ -225,11 +225,7 @@ impl<'a> Patch<'a> {
             }
         };
         if let Some((pattern, new)) = new {
-            let compiled = CompiledPassthrough {
-                pool: self.acquire(&new.pool),
-                connect_timeout: new.connect_timeout,
-                proxy_protocol: new.proxy_protocol,
-            };
+            let compiled = CompiledPassthrough { pool: self.acquire(&new.pool), desired: new.clone() };
             self.router.passthrough.insert(pattern, compiled, b"");
         }
         self.old_keys.extend(old.map(|old| old.pool.clone()));
