@@ -47,6 +47,7 @@ pub async fn run(args: &IngressArgs) -> anyhow::Result<()> {
     state.started(proxy.routes().clone(), proxy.live().clone());
     publishing.publish(&translation);
     proxy.open();
+    proxy.listening().await;
     state.ready();
     admin.start(&state)?;
     upgrade.ready().await?;

@@ -14,18 +14,23 @@ pub mod access_log;
 pub mod balance;
 mod buffer;
 pub mod certificate;
+pub mod client_hello;
 pub mod clock;
 pub mod config;
 mod conn;
 pub mod endpoint;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod handover;
 mod http;
+pub mod l4;
+mod limit;
 mod listener;
 pub mod metrics;
 mod proxy;
 pub mod proxy_protocol;
+mod relay;
 pub mod router;
-#[allow(dead_code, reason = "used by what relays TCP, and by bodies, next")]
 mod splice;
 pub mod split;
 pub mod table;

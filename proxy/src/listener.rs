@@ -5,6 +5,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -19,15 +20,21 @@ use crate::buffer::Buffer;
 use crate::conn::Conn;
 use crate::http::client::{Client, ClientTls};
 use crate::http::{h1, h2};
-use crate::metrics::WorkerMetrics;
+use crate::limit::Held;
+use crate::metrics::{Protocol as Speaks, WorkerMetrics};
 use crate::timer::Timer;
 use crate::worker::{Presence, Worker};
+
+pub(crate) mod opening;
+mod passthrough;
+
+use opening::Opening;
 
 /// Connections the kernel holds for us before they are accepted.
 const BACKLOG: i32 = 4096;
 
 /// After an accept failed for want of descriptors or memory.
-const BREATHER: Duration = Duration::from_millis(20);
+pub(crate) const BREATHER: Duration = Duration::from_millis(20);
 
 /// What every HTTP/2 connection begins with (RFC 9113 section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -103,14 +110,17 @@ fn admit(worker: &Rc<Worker>, tcp: TcpStream, peer: SocketAddr, tls: bool) {
 }
 
 /// Accepts once this worker has room; until then the kernel's queue holds the clients.
-async fn room_for_one(worker: &Worker, listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+pub(crate) async fn room_for_one(
+    worker: &Worker,
+    listener: &TcpListener,
+) -> io::Result<(TcpStream, SocketAddr)> {
     while worker.connections() >= worker.config.limits.connections {
         tokio::time::sleep(BREATHER).await;
     }
     listener.accept().await
 }
 
-fn is_exhaustion(error: &io::Error) -> bool {
+pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     const ENOBUFS: i32 = 105;
@@ -118,45 +128,106 @@ fn is_exhaustion(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(ENFILE | EMFILE | ENOBUFS | ENOMEM))
 }
 
-/// One downstream connection, from accept to close.
-async fn connection(worker: Rc<Worker>, presence: Presence, tcp: TcpStream, peer: SocketAddr, tls: bool) {
-    let mut counted = Counted::new(worker.metrics.clone(), tls);
-    let Ok(local) = tcp.local_addr() else { return };
-    if tcp.set_nodelay(true).is_err() {
-        return;
+/// One downstream connection, from accept to close. Its task keeps the size of
+/// its largest state, idle or not: what is rare or large goes into a box.
+#[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+fn connection(
+    worker: Rc<Worker>,
+    mut presence: Presence,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    tls: bool,
+) -> impl Future<Output = ()> {
+    async move {
+        let mut counted = Counted::new(worker.metrics.clone(), tls);
+        let mut held = None;
+        let beginning = begin(&worker, &mut presence, &mut counted, &mut held, tcp, peer, tls);
+        let Some(begun) = Box::pin(beginning).await else { return };
+        counted.speaks(if begun.h2 { Speaks::Http2 } else { Speaks::Http1 });
+        // Moved as a whole: taken apart here, it would keep its room.
+        match begun.h2 {
+            true => begun.serve_h2(worker, presence).await,
+            false => begun.serve_h1(worker, presence).await,
+        }
+    }
+}
+
+/// A connection of which is known what it speaks.
+struct Begun {
+    conn: Conn,
+    client: Client,
+    input: Buffer,
+    h2: bool,
+}
+
+impl Begun {
+    fn serve_h1(self, worker: Rc<Worker>, presence: Presence) -> impl Future<Output = ()> {
+        h1::serve(worker, self.conn, self.client, presence, self.input)
+    }
+
+    fn serve_h2(self, worker: Rc<Worker>, presence: Presence) -> Pin<Box<impl Future<Output = ()>>> {
+        Box::pin(h2::serve(worker, self.conn, self.client, presence, self.input))
+    }
+}
+
+/// Everything before the first request. `None`: there will be none.
+async fn begin(
+    worker: &Rc<Worker>,
+    presence: &mut Presence,
+    counted: &mut Counted,
+    held: &mut Option<Held>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    tls: bool,
+) -> Option<Begun> {
+    let local = tcp.local_addr().ok()?;
+    tcp.set_nodelay(true).ok()?;
+    let mut opening = Opening { tcp, source: peer, destination: local, input: Buffer::new() };
+    if let Some(expected) = &worker.config.proxy_protocol
+        && !Box::pin(opening.take_proxy_header(worker, expected)).await
+    {
+        return None;
+    }
+    match worker.limiter.connect(opening.source.ip()) {
+        Ok(place) => *held = place,
+        Err(_) => {
+            worker.metrics.address_limited.inc();
+            return None;
+        }
     }
     if !tls {
-        let client = Client::new(peer, local, &worker.config.trusted, None);
-        return plaintext(worker, tcp, client, presence, counted).await;
+        let Opening { tcp, source, destination, mut input } = opening;
+        let client = Client::new(source, destination, &worker.config.trusted, None);
+        let mut conn = Conn::Plain(tcp);
+        let h2 = is_http2(worker, &mut conn, &mut input, presence).await?;
+        return Some(Begun { conn, client, input, h2 });
     }
-    // Boxed: the task keeps the size of its largest state, idle or not.
-    let Some((conn, tls, h2)) = Box::pin(handshake(&worker, tcp)).await else { return };
-    let client = Client::new(peer, local, &worker.config.trusted, Some(tls));
-    counted.speaks(h2);
-    match h2 {
-        true => Box::pin(h2::serve(worker, conn, client, presence, Buffer::new())).await,
-        false => h1::serve(worker, conn, client, presence, Buffer::new()).await,
+    let deadline = Instant::now() + worker.config.timeouts.handshake;
+    if worker.router().has_passthrough() {
+        opening = pass_through(worker, opening, deadline, counted).await?;
     }
+    let (conn, client, h2) = handshake(worker, opening, deadline).await?;
+    Some(Begun { conn, client, input: Buffer::new(), h2 })
 }
 
 /// Counts a connection under what it speaks, for as long as it lives.
 struct Counted {
     metrics: Arc<WorkerMetrics>,
     tls: bool,
-    http2: Option<bool>,
+    speaks: Option<Speaks>,
 }
 
 impl Counted {
     fn new(metrics: Arc<WorkerMetrics>, tls: bool) -> Counted {
         metrics.listener(tls).pending.inc();
-        Counted { metrics, tls, http2: None }
+        Counted { metrics, tls, speaks: None }
     }
 
-    fn speaks(&mut self, http2: bool) {
-        self.http2 = Some(http2);
+    fn speaks(&mut self, speaks: Speaks) {
+        self.speaks = Some(speaks);
         let listener = self.metrics.listener(self.tls);
         listener.pending.dec();
-        let protocol = listener.protocol(http2);
+        let protocol = listener.protocol(speaks);
         protocol.total.inc();
         protocol.open.inc();
     }
@@ -165,17 +236,39 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         let listener = self.metrics.listener(self.tls);
-        match self.http2 {
+        match self.speaks {
             None => listener.pending.dec(),
-            Some(http2) => listener.protocol(http2).open.dec(),
+            Some(speaks) => listener.protocol(speaks).open.dec(),
+        }
+    }
+}
+
+/// Serves a connection whose name is passed through; gives back any other.
+async fn pass_through(
+    worker: &Worker,
+    mut opening: Opening,
+    deadline: Instant,
+    counted: &mut Counted,
+) -> Option<Opening> {
+    match tokio::time::timeout_at(deadline, passthrough::asked(worker, &mut opening)).await {
+        Ok(None) => Some(opening),
+        Ok(Some(name)) => {
+            counted.speaks(Speaks::Passthrough);
+            passthrough::relay(worker, opening, &name).await;
+            None
+        }
+        Err(_) => {
+            worker.metrics.handshakes_failed.inc();
+            None
         }
     }
 }
 
 /// The TLS handshake, and whether the client chose HTTP/2.
-async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, bool)> {
-    let acceptor = worker.tls.acceptor();
-    let handshake = tokio::time::timeout(worker.config.timeouts.handshake, acceptor.accept(tcp)).await;
+async fn handshake(worker: &Worker, opening: Opening, deadline: Instant) -> Option<(Conn, Client, bool)> {
+    let Opening { tcp, source, destination, mut input } = opening;
+    let accepting = worker.tls.acceptor().accept_with(tcp, |session| feed(session, &mut input));
+    let handshake = tokio::time::timeout_at(deadline, accepting).await;
     let stream = match handshake {
         Ok(Ok(stream)) => stream,
         failed => {
@@ -199,22 +292,41 @@ async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, 
     };
     let certificate = Some(worker.tls.served_for(server_name.as_deref()));
     let tls = ClientTls { server_name, certificate, version };
-    Some((Conn::Tls(Box::new(stream.into())), tls, h2))
+    let client = Client::new(source, destination, &worker.config.trusted, Some(tls));
+    Some((Conn::Tls(Box::new(stream.into())), client, h2))
 }
 
-/// A plaintext connection: HTTP/2 if it begins with the preface, else HTTP/1.
-async fn plaintext(
-    worker: Rc<Worker>,
-    tcp: TcpStream,
-    client: Client,
-    mut presence: Presence,
-    mut counted: Counted,
-) {
-    let mut conn = Conn::Plain(tcp);
-    let mut input = Buffer::new();
+/// Lets a session begin with what was read already.
+fn feed(session: &mut rustls::ServerConnection, input: &mut Buffer) {
+    while !input.is_empty() {
+        let read = session.read_tls(&mut input.filled());
+        let Ok(read @ 1..) = read else { return };
+        input.consume(read);
+        if session.process_new_packets().is_err() {
+            // It keeps the error, and has an alert to send first.
+            return;
+        }
+    }
+}
+
+/// Whether a plaintext connection speaks HTTP/2: it begins with the preface then.
+/// `None`: it says nothing in time, or has ended.
+async fn is_http2(
+    worker: &Worker,
+    conn: &mut Conn,
+    input: &mut Buffer,
+    presence: &mut Presence,
+) -> Option<bool> {
     let mut timer = Timer::new(Instant::now() + worker.config.timeouts.keep_alive);
     let mut deadline = Instant::now() + worker.config.timeouts.header;
     loop {
+        let compared = input.len().min(PREFACE.len());
+        if input.filled()[..compared] != PREFACE[..compared] {
+            return Some(false);
+        }
+        if compared == PREFACE.len() {
+            return Some(true);
+        }
         let draining = worker.is_draining();
         if draining {
             deadline = worker.idle_until(deadline);
@@ -222,7 +334,7 @@ async fn plaintext(
         let filled = timer.within(
             deadline,
             std::future::poll_fn(|cx| {
-                if let Poll::Ready(read) = conn.poll_fill(cx, &mut input) {
+                if let Poll::Ready(read) = conn.poll_fill(cx, input) {
                     return Poll::Ready(Some(read));
                 }
                 if !draining && worker.is_draining() {
@@ -235,16 +347,7 @@ async fn plaintext(
         match filled.await {
             Ok(None) => continue,
             Ok(Some(Ok(n))) if n > 0 => {}
-            _ => return,
-        }
-        let compared = input.len().min(PREFACE.len());
-        if input.filled()[..compared] != PREFACE[..compared] {
-            counted.speaks(false);
-            return h1::serve(worker, conn, client, presence, input).await;
-        }
-        if compared == PREFACE.len() {
-            counted.speaks(true);
-            return Box::pin(h2::serve(worker, conn, client, presence, input)).await;
+            _ => return None,
         }
     }
 }

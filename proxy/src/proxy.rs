@@ -15,6 +15,8 @@ use crate::certificate::{Certificate, CertificateError};
 use crate::config::Config;
 use crate::endpoint::Endpoints;
 use crate::handover::{Estate, Inheritance, Sockets as NamedSockets};
+use crate::l4::{self, ListenerStates, Opener};
+use crate::limit::Limiter;
 use crate::listener;
 use crate::metrics::Metrics;
 use crate::router::{Live, Publisher, Routes, routes};
@@ -108,11 +110,13 @@ impl Proxy {
     pub fn bind(config: Config, inherited: &Inheritance) -> Result<(Proxy, Publisher), StartError> {
         let config = Arc::new(Config { workers: config.workers.max(1), ..config });
         let metrics = Metrics::new(config.workers);
-        let live = Arc::new(Live { endpoints: Endpoints::default(), metrics });
+        let live =
+            Arc::new(Live { endpoints: Endpoints::default(), metrics, listeners: ListenerStates::default() });
         let (publisher, routes) = routes(live.clone());
         let default = Arc::new(Certificate::self_signed(&["lockgate.invalid"])?);
         let tickets = Arc::new(TicketKeys::new(&inherited.tickets)?);
         let tls = Tls::with_tickets(Arc::new(routes.clone()), default, &config.tls, tickets.clone())?;
+        let limiter = Arc::new(Limiter::new(&config.limits, config.workers));
         let (access_log, logs) = match &config.access_log {
             None => (None, Vec::new()),
             Some(log) => {
@@ -122,19 +126,30 @@ impl Proxy {
             }
         };
         let (http, https, sockets) = bind_all(&config, &inherited.sockets)?;
+        let taken = http.iter().chain(&https).copied().collect();
+        let commands = Opener::start(
+            publisher.listeners(),
+            config.workers,
+            taken,
+            inherited.sockets.clone(),
+            live.clone(),
+        );
+        let commands = commands.map_err(StartError::Thread)?;
         let estate = Estate { sockets: inherited.sockets.clone(), tickets };
         let ((open, _), (stop, _)) = (watch::channel(false), watch::channel(false));
         let relieved = Arc::new(OnceLock::new());
         let (end, ended) = mpsc::channel(1);
         let mut logs = logs.into_iter();
-        for (index, sockets) in sockets.into_iter().enumerate() {
+        for (index, (sockets, commands)) in sockets.into_iter().zip(commands).enumerate() {
             let seed = Seed {
                 index,
                 config: config.clone(),
                 live: live.clone(),
                 tls: tls.clone(),
+                limiter: limiter.clone(),
                 routes: routes.clone(),
                 log: logs.next(),
+                commands,
                 https_port: https.first().map(SocketAddr::port),
                 open: open.subscribe(),
                 stop: stop.subscribe(),
@@ -152,6 +167,14 @@ impl Proxy {
     /// Begins to accept: the first table is published. Once is enough.
     pub fn open(&self) {
         self.open.send_replace(true);
+    }
+
+    /// Waits until every L4 listener of the live table is open, or has been tried.
+    pub async fn listening(&self) {
+        let router = self.routes.load_full();
+        let mut states = self.live.listeners.subscribe();
+        // Ends early only if the states do, which are of the proxy itself.
+        let _ = states.wait_for(|states| states.keys().eq(router.table().listeners.keys())).await;
     }
 
     /// What a process that takes over is given.
@@ -274,8 +297,11 @@ struct Seed {
     config: Arc<Config>,
     live: Arc<Live>,
     tls: Tls,
+    limiter: Arc<Limiter>,
     routes: Routes,
     log: Option<WorkerLog>,
+    /// Which L4 listeners to open and close.
+    commands: mpsc::Receiver<l4::Command>,
     https_port: Option<u16>,
     open: watch::Receiver<bool>,
     stop: watch::Receiver<bool>,
@@ -294,12 +320,25 @@ impl Seed {
     }
 
     async fn serve(self, sockets: Sockets) {
-        let Seed { index, config, live, tls, routes, log, https_port, mut open, mut stop, relieved, end } =
-            self;
+        let Seed {
+            index,
+            config,
+            live,
+            tls,
+            limiter,
+            routes,
+            log,
+            commands,
+            https_port,
+            mut open,
+            mut stop,
+            relieved,
+            end,
+        } = self;
         let metrics = live.metrics.worker(index);
         let deadline = config.drain.deadline;
         let routes = routes.cache();
-        let parts = Parts { index, config, metrics, tls, routes, log, https_port };
+        let parts = Parts { index, config, metrics, tls, limiter, routes, log, https_port };
         let worker = Worker::new(parts);
         tokio::select! {
             // Without the handle that opens, one that stops is gone as well.
@@ -315,6 +354,7 @@ impl Seed {
                 }
             }));
         }
+        listening.push(tokio::task::spawn_local(l4::serve(worker.clone(), commands, stop.clone())));
         let ticking = tokio::task::spawn_local(tick(worker.clone()));
         // An error means the proxy handle is gone: serve on until the process ends.
         if stop.wait_for(|stop| *stop).await.is_err() {

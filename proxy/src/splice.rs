@@ -191,7 +191,7 @@ mod tests {
     async fn moves_everything_up_to_the_limit_and_no_more() {
         const TOTAL: usize = 3 << 20;
         let ((mut sender, from), (to, mut receiver)) = (pair().await, pair().await);
-        let bytes: Vec<u8> = (0..TOTAL + 100).map(|i| (i * 31 >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..TOTAL + 100).map(|i| ((i * 31) >> 7) as u8).collect();
         let sent = bytes.clone();
         let sending = tokio::spawn(async move {
             sender.write_all(&sent).await.unwrap();

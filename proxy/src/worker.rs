@@ -13,6 +13,7 @@ use crate::access_log::WorkerLog;
 use crate::balance::Turns;
 use crate::clock;
 use crate::config::Config;
+use crate::limit::Limiter;
 use crate::metrics::WorkerMetrics;
 use crate::router::{Router, RouterCache};
 use crate::tls::Tls;
@@ -29,6 +30,7 @@ pub(crate) struct Worker {
     pub(crate) turns: Turns,
     pub(crate) upstreams: Upstreams,
     pub(crate) tls: Tls,
+    pub(crate) limiter: Arc<Limiter>,
     pub(crate) random: RefCell<fastrand::Rng>,
     /// For a path that has to be rewritten before it is matched.
     pub(crate) scratch: RefCell<Vec<u8>>,
@@ -62,6 +64,7 @@ pub(crate) struct Parts {
     pub(crate) config: Arc<Config>,
     pub(crate) metrics: Arc<WorkerMetrics>,
     pub(crate) tls: Tls,
+    pub(crate) limiter: Arc<Limiter>,
     pub(crate) routes: RouterCache,
     pub(crate) log: Option<WorkerLog>,
     pub(crate) https_port: Option<u16>,
@@ -69,7 +72,7 @@ pub(crate) struct Parts {
 
 impl Worker {
     pub(crate) fn new(parts: Parts) -> Rc<Worker> {
-        let Parts { index, config, metrics, tls, mut routes, log, https_port } = parts;
+        let Parts { index, config, metrics, tls, limiter, mut routes, log, https_port } = parts;
         let generation = RefCell::new(Rc::new(Generation(routes.load().clone())));
         let idle_ms = config.timeouts.idle_upstream.as_millis() as u64;
         Rc::new(Worker {
@@ -79,6 +82,7 @@ impl Worker {
             metrics,
             turns: Turns::for_worker(index as u32),
             tls,
+            limiter,
             random: RefCell::new(fastrand::Rng::new()),
             scratch: RefCell::default(),
             log: RefCell::new(log),

@@ -10,11 +10,13 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
+use smallvec::SmallVec;
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
 
 use crate::buffer::{Buffer, Output};
 use crate::conn::Conn;
+use crate::limit::{self, Held};
 use crate::metrics;
 use crate::router::Router;
 use crate::table::UpstreamProtocol;
@@ -31,6 +33,7 @@ use super::record::{Notes, Record, Texts, finish};
 use super::{Asked, Verdict, decide, is_idempotent, phrase, write_https_location};
 
 mod body;
+mod bulk;
 mod over_h2;
 mod relay;
 mod upload;
@@ -59,6 +62,8 @@ pub(super) struct Http1 {
     /// Bytes read and not yet used: a head, its body, pipelined requests.
     pub(super) input: Buffer,
     presence: Presence,
+    /// The request, or the tunnel it became, in its client's account.
+    held: Option<Held>,
     /// The latest moment known; saves asking the clock.
     now: Instant,
 }
@@ -67,7 +72,8 @@ pub(super) struct Http1 {
 pub(super) struct Plan<'r> {
     pub(super) verdict: Verdict<'r>,
     pub(super) shape: Shape,
-    pub(super) wants_upgrade: bool,
+    /// The protocol the client would switch to; empty: none.
+    pub(super) upgrade: SmallVec<[u8; 16]>,
     pub(super) expects_continue: bool,
     pub(super) idempotent: bool,
     /// For an endpoint that speaks HTTP/2.
@@ -85,18 +91,26 @@ pub(super) struct Shape {
 }
 
 /// Serves a connection until it ends.
-pub(crate) async fn serve(worker: Rc<Worker>, conn: Conn, client: Client, presence: Presence, input: Buffer) {
+pub(crate) fn serve(
+    worker: Rc<Worker>,
+    conn: Conn,
+    client: Client,
+    presence: Presence,
+    input: Buffer,
+) -> impl Future<Output = ()> {
     let now = Instant::now();
     let timer = Timer::new(now + worker.config.timeouts.keep_alive);
-    let mut this = Http1 { worker, client, conn, timer, input, presence, now };
-    loop {
-        match this.request().await {
-            Next::Again => {}
-            Next::Close(sending) => return this.close(sending).await,
-            Next::Tunnel(upstream, early) => {
-                let Http1 { worker, conn, input, timer, .. } = this;
-                let tunnel = super::tunnel::run(&worker, conn, *upstream, input, early, timer);
-                return Box::pin(tunnel).await;
+    let mut this = Http1 { worker, client, conn, timer, input, presence, held: None, now };
+    async move {
+        loop {
+            match this.request().await {
+                Next::Again => {}
+                Next::Close(sending) => return this.close(sending).await,
+                Next::Tunnel(upstream, early) => {
+                    let Http1 { worker, conn, input, timer, held: _held, .. } = this;
+                    let tunnel = super::tunnel::run(&worker, conn, *upstream, input, early, timer);
+                    return Box::pin(tunnel).await;
+                }
             }
         }
     }
@@ -110,21 +124,26 @@ impl Http1 {
         let started = Instant::now();
         let deadline = started + self.worker.config.timeouts.header;
         let mut read_first = false;
-        loop {
+        let reject = loop {
             match self.fill_head(deadline, read_first).await {
                 Ok(true) => {}
                 Ok(false) => return Next::Close(false),
-                Err(reject) => return self.refuse(started, reject).await,
+                Err(reject) => break reject,
             }
             let router = self.worker.router();
             let mut out = Output::take();
-            match self.plan(&router, &mut out) {
-                Ok(Some(mut plan)) => return self.carry_out(started, &router, &mut plan, &mut out).await,
+            let mut plan = match self.plan(&router, &mut out) {
+                Ok(Some(plan)) => plan,
                 // Empty lines before the request line look like the end of a head.
-                Ok(None) => read_first = true,
-                Err(reject) => return self.refuse(started, reject).await,
-            }
-        }
+                Ok(None) => {
+                    read_first = true;
+                    continue;
+                }
+                Err(reject) => break reject,
+            };
+            return self.carry_out(started, &router, &mut plan, &mut out).await;
+        };
+        self.refuse(started, reject).await
     }
 
     /// Waits between requests, without a buffer. False: close.
@@ -201,11 +220,12 @@ impl Http1 {
         let Some(head) = RequestHead::parse(self.input.filled(), &mut room, &worker.config.limits)? else {
             return Ok(None);
         };
-        let forwarded = self.client.forwarded(&forward::claims(&head));
+        let forwarded = self.client.forwarded(|| forward::claims(&head));
         let view = Http1View { head: &head, client: forwarded.address };
         let https = forwarded.is_https(&self.client);
         let asked = Asked { authority: head.host, path: head.path(), https };
-        let verdict = decide(worker, router, &self.client, &asked, &view)?;
+        let mut verdict = decide(worker, router, &self.client, &asked, &view)?;
+        self.held = limit::admit(worker, &mut verdict, forwarded.address);
         let id = RequestId::new(head.first(Field::XRequestId), &mut worker.random.borrow_mut());
         let mut request = None;
         match &verdict {
@@ -219,7 +239,10 @@ impl Http1 {
                 let backend = &forward.split.backends[forward.choice.backend];
                 let protocol = router.pool(backend.pool).protocol;
                 match protocol {
-                    UpstreamProtocol::Http1 | UpstreamProtocol::Https => {
+                    UpstreamProtocol::Http1
+                    | UpstreamProtocol::Https
+                    | UpstreamProtocol::Tcp
+                    | UpstreamProtocol::Udp => {
                         forward::write_request(out, &head, &self.client, &forwarded, &id);
                     }
                     UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
@@ -238,14 +261,14 @@ impl Http1 {
                 keep_alive: head.keep_alive,
                 is_head: head.method == b"HEAD",
             },
-            wants_upgrade: head.upgrade.is_some(),
+            upgrade: SmallVec::from_slice(head.upgrade.unwrap_or_default()),
             expects_continue: head.expects_continue,
             idempotent: is_idempotent(head.method),
             request,
             notes,
         };
         let length = head.length;
-        drop(head);
+        drop((head, forwarded));
         self.input.consume(length);
         Ok(Some(plan))
     }
@@ -277,6 +300,9 @@ impl Http1 {
                 }
             }
         };
+        if !matches!(next, Next::Tunnel(..)) {
+            self.held = None;
+        }
         self.now = Instant::now();
         self.worker.metrics.requests_in_flight.dec();
         let protocol = if plan.shape.minor == 0 { "HTTP/1.0" } else { "HTTP/1.1" };
@@ -350,7 +376,7 @@ impl Http1 {
     }
 
     /// Ends the connection; if the client may still be sending, reads on for a moment.
-    async fn close(mut self, sending: bool) {
+    async fn close(&mut self, sending: bool) {
         let deadline = Instant::now() + LINGER;
         let shut = self.timer.within(deadline, self.conn.shutdown()).await;
         if !sending || !matches!(shut, Ok(Ok(()))) {
@@ -359,7 +385,7 @@ impl Http1 {
         let mut left = LINGER_BYTES;
         self.input.clear();
         loop {
-            let Http1 { conn, input, timer, .. } = &mut self;
+            let Http1 { conn, input, timer, .. } = self;
             match timer.within(deadline, poll_fn(|cx| conn.poll_fill(cx, input))).await {
                 Ok(Ok(n)) if n > 0 && n <= left => {
                     left -= n;

@@ -8,11 +8,17 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
-use super::{CompiledAction, CompiledHost, CompiledRule, Live, Router, path_trie};
+use super::{
+    CompiledAction, CompiledHost, CompiledListener, CompiledPassthrough, CompiledRule, Live, Router,
+    path_trie,
+};
 use crate::balance::{CompiledEndpoint, CompiledPool};
 use crate::certificate::Certificate;
 use crate::split::{CompiledBackend, CompiledSplit};
-use crate::table::{Action, Host, HostPattern, PathMatch, Pool, PoolKey, RoutingTable, Rule, Split};
+use crate::table::{
+    Action, Host, HostPattern, L4Listener, ListenerKey, Passthrough, PathMatch, Pool, PoolKey, RoutingTable,
+    Rule, Split,
+};
 
 /// A router in the making: a copy of its predecessor, and what that copy no longer needs.
 pub(super) struct Patch<'a> {
@@ -35,8 +41,14 @@ impl<'a> Patch<'a> {
         for change in old.hosts.diff(&table.hosts) {
             self.host(change);
         }
+        for change in old.passthrough.diff(&table.passthrough) {
+            self.passthrough(change);
+        }
         for change in old.certificates.diff(&table.certificates) {
             self.certificates(change);
+        }
+        for change in old.listeners.diff(&table.listeners) {
+            self.listener(change);
         }
         for key in self.old_keys {
             self.router.slots.release(&key);
@@ -181,6 +193,44 @@ impl<'a> Patch<'a> {
                 self.old_turns.extend(split.turn());
             }
         }
+    }
+
+    fn listener(&mut self, change: DiffItem<ListenerKey, Arc<L4Listener>>) {
+        let (old, new) = match change {
+            DiffItem::Add(key, new) => (None, Some((key, new))),
+            DiffItem::Update { old: (_, old), new } => (Some(old), Some(new)),
+            DiffItem::Remove(key, old) => {
+                self.router.listeners.remove(key);
+                (Some(old), None)
+            }
+        };
+        if let Some((key, new)) = new {
+            let pool = self.acquire(&new.pool);
+            let stats = self.live.metrics.listener(key);
+            let compiled = CompiledListener { desired: new.clone(), pool, stats };
+            self.router.listeners.insert(*key, compiled);
+        }
+        self.old_keys.extend(old.map(|old| old.pool.clone()));
+    }
+
+    fn passthrough(&mut self, change: DiffItem<HostPattern, Arc<Passthrough>>) {
+        let (new, old) = match change {
+            DiffItem::Add(pattern, new) => (Some((pattern, new)), None),
+            DiffItem::Update { old: (_, old), new: (pattern, new) } => (Some((pattern, new)), Some(old)),
+            DiffItem::Remove(pattern, old) => {
+                self.router.passthrough.remove(pattern);
+                (None, Some(old))
+            }
+        };
+        if let Some((pattern, new)) = new {
+            let compiled = CompiledPassthrough {
+                pool: self.acquire(&new.pool),
+                connect_timeout: new.connect_timeout,
+                proxy_protocol: new.proxy_protocol,
+            };
+            self.router.passthrough.insert(pattern, compiled, b"");
+        }
+        self.old_keys.extend(old.map(|old| old.pool.clone()));
     }
 
     fn certificates(&mut self, change: DiffItem<HostPattern, Arc<Vec<Arc<Certificate>>>>) {

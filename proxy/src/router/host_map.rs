@@ -79,6 +79,18 @@ impl<V> ByHost<V> {
         found.or(self.any.as_ref())
     }
 
+    /// The same without the one for any host; `true`: of `host` itself.
+    pub(super) fn find_named(&self, host: &str) -> Option<(&Entry<V>, bool)> {
+        let suffix = || host.split_once('.').filter(|(label, _)| !label.is_empty()).map(|(_, rest)| rest);
+        let exact = self.exact.get(host).map(|value| (value, true));
+        exact.or_else(|| Some((self.wildcard.get(suffix()?)?, false)))
+    }
+
+    /// Whether there is a value of `host` itself.
+    pub(super) fn has_exact(&self, host: &str) -> bool {
+        self.exact.get(host).is_some()
+    }
+
     /// The value of the pattern itself.
     pub(super) fn get(&self, pattern: &HostPattern) -> Option<&Entry<V>> {
         match Place::of(pattern) {

@@ -30,6 +30,8 @@ pub(super) struct FromStream {
     started: bool,
     ended: bool,
     abandoned: bool,
+    /// What comes is not a request body, but belongs to a tunnel.
+    withheld: bool,
 }
 
 impl FromStream {
@@ -47,7 +49,18 @@ impl FromStream {
             started: false,
             ended,
             abandoned: false,
+            withheld: false,
         }
+    }
+
+    /// Nothing is taken from the client before the tunnel stands.
+    pub(super) fn withhold(&mut self) {
+        self.withheld = true;
+    }
+
+    /// What the client goes on to send.
+    pub(super) fn into_body(self) -> RecvStream {
+        self.body
     }
 
     fn unwritten(&self) -> usize {
@@ -88,7 +101,7 @@ impl FromStream {
 
     /// There is more to move, and the endpoint takes it.
     pub(super) fn is_active(&self) -> bool {
-        !self.is_done() && !self.abandoned
+        !self.is_done() && !self.abandoned && !self.withheld
     }
 
     /// The endpoint takes no more.
@@ -188,6 +201,9 @@ impl Source for Watched<'_> {
     }
 
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Result<Piece, UploadError>> {
+        if self.source.withheld {
+            return Poll::Pending;
+        }
         self.source.poll_receive(cx)
     }
 
