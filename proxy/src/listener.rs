@@ -351,3 +351,21 @@ async fn is_http2(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size_of_future<A, B, C, D, E, F>(_: impl FnOnce(A, B, C, D, E) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// Every idle connection has one of these; the task around it adds some 200
+    /// bytes. If it has grown, see which state is the largest (-Zprint-type-sizes)
+    /// and whether it is rare enough for a box.
+    #[test]
+    fn a_connection_fits_its_room() {
+        let size = size_of_future(connection);
+        assert!(size <= 2_176, "{size}");
+    }
+}
