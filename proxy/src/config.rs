@@ -7,6 +7,7 @@ use ipnet::IpNet;
 
 use crate::access_log::AccessLogConfig;
 use crate::endpoint::Ejection;
+use crate::resilience::{Breaker, Outliers, Retry};
 use crate::tls::TlsOptions;
 
 /// How the proxy runs. Routes are not here: they are published while it runs.
@@ -32,6 +33,12 @@ pub struct Config {
     pub drain: Drain,
     /// When an endpoint that keeps failing is left alone for a while.
     pub ejection: Ejection,
+    /// What is tried again, and how much of it.
+    pub retry: Retry,
+    /// What one endpoint has to do at most. Rules may have their own.
+    pub breaker: Breaker,
+    /// When an endpoint that answers badly is left alone for a while.
+    pub outliers: Outliers,
 }
 
 impl Default for Config {
@@ -47,6 +54,9 @@ impl Default for Config {
             access_log: None,
             drain: Drain::default(),
             ejection: Ejection::default(),
+            retry: Retry::default(),
+            breaker: Breaker::default(),
+            outliers: Outliers::default(),
         }
     }
 }
@@ -66,7 +76,7 @@ pub struct Limits {
     pub connections: usize,
     /// Idle connections kept per endpoint and worker.
     pub idle_upstream: usize,
-    /// Endpoints tried for one request.
+    /// Endpoints tried for one request; 0 is as many as [`crate::resilience::MAX_TRIES`].
     pub tries: u32,
     /// Concurrent streams a client may open on one HTTP/2 connection.
     pub h2_streams: u32,

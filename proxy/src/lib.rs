@@ -22,6 +22,7 @@ mod http;
 mod listener;
 pub mod metrics;
 mod proxy;
+pub mod resilience;
 pub mod router;
 pub mod split;
 pub mod table;

@@ -14,7 +14,7 @@
 //!
 //! | family | series |
 //! |---|---|
-//! | per process (connections, handshakes, rejections, …) | about 60, fixed |
+//! | per process (connections, handshakes, rejections, …) | about 70, fixed |
 //! | per route | at most [`Metrics::MAX_ROUTES`] label sets and one shared by all beyond (its four labels are `other`); each 5 series, and 15 for every status class it has answered with |
 //! | certificate expiry | at most [`Metrics::MAX_CERTIFICATES`], those that expire first |
 //! | `lockgate_objects` | kinds × states, both fixed in code |
@@ -37,7 +37,7 @@ use prometheus::proto::{self, LabelPair, MetricFamily, MetricType};
 use prometheus::{Registry, TEXT_FORMAT, TextEncoder};
 
 pub use self::route::{Outcome, RouteStats};
-pub use self::worker::{ConnectionMetrics, ProtocolMetrics, Reject, WorkerMetrics};
+pub use self::worker::{ConnectionMetrics, Limit, Outlier, ProtocolMetrics, Reject, WorkerMetrics};
 
 use self::route::RouteSet;
 use crate::clock;

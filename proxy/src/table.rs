@@ -13,6 +13,7 @@ use imbl::OrdMap;
 use serde::Serialize;
 
 use crate::certificate::Certificate;
+use crate::resilience::Resilience;
 
 /// Everything the proxy should serve. Made by the controller, compiled by
 /// [`crate::Router`].
@@ -210,6 +211,10 @@ pub struct RuleLimits {
     /// Largest request body in bytes, answered 413 beyond; `Some(0)` is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_body: Option<u64>,
+    /// The whole request's deadline, retries, hedging, circuit breaking. Apart,
+    /// as few rules have any of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resilience: Option<Arc<Resilience>>,
 }
 
 impl RuleLimits {

@@ -8,19 +8,18 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::HeaderMap;
-use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
-use crate::metrics::Reject;
 use crate::router::Router;
 use crate::timer::{Late, Timer};
-use crate::upstream::{Peer, Upstream};
+use crate::upstream::{InFlight, NoConnection, Peer, Upstream};
 use crate::worker::Worker;
 
 use super::Forward;
+use super::attempts::{Chosen, Course, Ends, Lost};
 use super::forward::{Delivery, write_response};
 use super::head::{Framing, HeaderRoom};
 use super::record::Record;
@@ -43,8 +42,11 @@ pub(crate) trait Source {
     /// There is more to move, and the endpoint takes it.
     fn is_active(&self) -> bool;
 
-    /// Something was taken from the client that cannot be sent again.
-    fn has_started(&self) -> bool;
+    /// All that was taken from the client can be sent again.
+    fn is_repeatable(&self) -> bool;
+
+    /// The next endpoint gets the body from its beginning.
+    fn rewind(&mut self);
 
     /// Whom an exchange in which nothing moves is waiting for.
     fn awaits(&self) -> Awaits;
@@ -96,6 +98,8 @@ pub(crate) enum Failure {
     Endpoint(&'static str),
     /// It took too long.
     Late,
+    /// The request as a whole took longer than its rule allows.
+    Overdue,
     /// It answered nonsense.
     Nonsense(&'static str),
     /// The client is gone.
@@ -114,6 +118,7 @@ impl Failure {
             Failure::Client => None,
             Failure::Answer(status, reason) => Some((status, reason)),
             Failure::Late => Some((504, "endpoint timed out")),
+            Failure::Overdue => Some((504, "request timed out")),
             Failure::Endpoint(reason) | Failure::Nonsense(reason) => Some((502, reason)),
         }
     }
@@ -137,6 +142,9 @@ pub(crate) struct Order<'r> {
     pub(crate) forward: Forward<'r>,
     pub(crate) idempotent: bool,
     pub(crate) is_head: bool,
+    /// It has no body, not even an empty one.
+    pub(crate) bodiless: bool,
+    pub(crate) ends: Ends,
 }
 
 impl Order<'_> {
@@ -155,27 +163,19 @@ impl Order<'_> {
         Some(self.worker.upstreams.of(&endpoint.live))
     }
 
-    /// Counts a failure against an endpoint.
-    pub(crate) fn failed(&self, upstream: &Upstream) {
-        if upstream.live.failed(clock::now_ms(), &self.worker.config.ejection) {
-            self.worker.metrics.ejections.inc();
-            tracing::warn!(endpoint = %upstream.live.address, "endpoint keeps failing: left alone for a while");
-        }
-    }
-
     pub(crate) fn connect_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.connect_timeout;
-        Instant::now() + own.unwrap_or(self.worker.config.timeouts.connect)
+        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.connect))
     }
 
     pub(crate) fn send_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.send_timeout;
-        Instant::now() + own.unwrap_or(self.worker.config.timeouts.send)
+        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.send))
     }
 
     pub(crate) fn deadline(&self, awaits: Awaits) -> Instant {
         match awaits {
-            Awaits::Client => Instant::now() + self.worker.config.timeouts.client,
+            Awaits::Client => self.bounded(Instant::now() + self.worker.config.timeouts.client),
             Awaits::Room => self.send_deadline(),
             Awaits::Answer => self.read_deadline(),
         }
@@ -183,7 +183,7 @@ impl Order<'_> {
 
     pub(crate) fn read_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.read_timeout;
-        Instant::now() + own.unwrap_or(self.worker.config.timeouts.read)
+        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.read))
     }
 
     /// Tries endpoints until one has answered with a final response head, which
@@ -197,101 +197,117 @@ impl Order<'_> {
         answer: &mut Buffer,
         record: &mut Record,
     ) -> Result<(Rc<Upstream>, Peer), Failure> {
-        let mut tried = SmallVec::<[u64; 4]>::new();
-        let mut last = Failure::Answer(503, "no endpoint");
-        let mut fresh_only = false;
-        for attempt in 0..self.worker.config.limits.tries {
-            let Some(upstream) = self.pick(&tried) else { break };
-            record.retry(attempt, &upstream, self.worker);
-            let idle = if fresh_only { None } else { self.worker.upstreams.checkout(&upstream) };
-            let reused = idle.is_some();
-            let (failure, sent) = match self.connected(timer, &upstream, idle).await {
-                Err(failure) => (failure, false),
-                Ok(mut peer) => {
-                    record.connected = Some(if reused { record.started } else { Instant::now() });
-                    peer.occupy(&upstream);
-                    match self.exchange(timer, source, head, &mut peer.conn, answer, record).await {
-                        Ok(()) => {
-                            upstream.live.succeeded();
-                            return Ok((upstream, peer));
-                        }
-                        Err(failure) => (failure, true),
+        let mut course = Course::default();
+        let mut chosen = self.first(&mut course, record)?;
+        loop {
+            let Chosen { mut upstream, busy } = chosen;
+            let attempt =
+                self.attempt(timer, source, head, answer, record, &mut course, &mut upstream, busy).await;
+            chosen = match attempt {
+                Ok((peer, status)) => {
+                    self.answered(&upstream, status, record, course.since);
+                    match self.instead(&mut course, &upstream, status, source.is_repeatable(), record) {
+                        None => return Ok((upstream, peer)),
+                        Some(next) => next,
                     }
                 }
+                Err(lost) => {
+                    self.lost(&mut course, &upstream, record, lost)?;
+                    self.next(&mut course, record)?
+                }
             };
-            let again = !sent || self.idempotent && !source.has_started();
-            match failure {
-                // Most likely closed while idle; that says nothing about the endpoint's health.
-                Failure::Endpoint(_) if reused => {
-                    self.worker.upstreams.discard_idle(&upstream);
-                    fresh_only = true;
-                }
-                Failure::Endpoint(_) | Failure::Late => {
-                    self.failed(&upstream);
-                    tried.push(upstream.live.id);
-                }
-                Failure::Nonsense(_) | Failure::Client | Failure::Answer(..) => return Err(failure),
-            }
-            if !again || sent && matches!(failure, Failure::Late) {
-                return Err(failure);
-            }
-            last = failure;
-        }
-        if let Failure::Answer(503, _) = last {
-            self.worker.metrics.rejected(Reject::NoEndpoint);
-        }
-        Err(last)
-    }
-
-    async fn connected(
-        &self,
-        timer: &mut Timer,
-        upstream: &Upstream,
-        idle: Option<Peer>,
-    ) -> Result<Peer, Failure> {
-        if let Some(peer) = idle {
-            return Ok(peer);
-        }
-        match timer.within(self.connect_deadline(), self.worker.upstreams.connect(upstream)).await {
-            Ok(Ok(peer)) => Ok(peer),
-            Ok(Err(_)) => Err(Failure::Endpoint("cannot connect to the endpoint")),
-            Err(Late) => {
-                self.worker.metrics.upstream_failed.inc();
-                Err(Failure::Late)
-            }
+            answer.clear();
+            source.rewind();
         }
     }
 
-    /// Sends the request and waits for a final response head. Interim responses
-    /// pass to the client on the way.
-    async fn exchange<S: Source>(
+    /// One attempt; in `answer` is then a final response head, whose status is returned.
+    async fn attempt<S: Source>(
         &self,
         timer: &mut Timer,
         source: &mut S,
         head: &[u8],
+        answer: &mut Buffer,
+        record: &mut Record,
+        course: &mut Course,
+        upstream: &mut Rc<Upstream>,
+        busy: InFlight,
+    ) -> Result<(Peer, u16), Lost> {
+        self.begin_try();
+        if let Some(delay) = self.hedge_delay(course) {
+            return self.hedged(timer, source, head, answer, record, course, upstream, busy, delay).await;
+        }
+        let (mut peer, reused) = self.connected(timer, upstream, course.fresh_only).await?;
+        let since_start = reused && course.is_first();
+        record.connected = Some(if since_start { record.started } else { Instant::now() });
+        peer.occupy(busy);
+        // A failed write is not the end: the endpoint may have answered before it hung up.
+        let sent = timer.within(self.send_deadline(), peer.conn.send([head, &[], &[]])).await;
+        let answered = match sent {
+            Ok(_) => self.await_head(timer, source, &mut peer.conn, answer, record).await,
+            Err(Late) => Err(self.late()),
+        };
+        match answered {
+            Ok(status) => Ok((peer, status)),
+            Err(failure) => Err(self.lost_on(upstream, course, failure, reused, source.is_repeatable())),
+        }
+    }
+
+    /// What `failure` of a request that was sent means for the next attempt.
+    pub(crate) fn lost_on(
+        &self,
+        upstream: &Upstream,
+        course: &mut Course,
+        failure: Failure,
+        reused: bool,
+        repeatable: bool,
+    ) -> Lost {
+        // Most likely closed while idle; that says nothing about the endpoint's health.
+        let stale = reused && matches!(failure, Failure::Endpoint(_));
+        if stale {
+            self.worker.upstreams.discard_idle(upstream);
+            course.fresh_only = true;
+        }
+        Lost::Failed { failure, sent: true, stale, counts: !stale, repeatable }
+    }
+
+    /// A connection, and whether it was used before.
+    pub(crate) async fn connected(
+        &self,
+        timer: &mut Timer,
+        upstream: &Upstream,
+        fresh_only: bool,
+    ) -> Result<(Peer, bool), Lost> {
+        if !fresh_only && let Some(peer) = self.worker.upstreams.checkout(upstream) {
+            return Ok((peer, true));
+        }
+        let connecting = self.worker.upstreams.connect(upstream, self.breaker());
+        let failure = match timer.within(self.connect_deadline(), connecting).await {
+            Ok(Ok(peer)) => return Ok((peer, false)),
+            Ok(Err(NoConnection::Full(limit))) => return Err(Lost::Full(limit)),
+            Ok(Err(NoConnection::Failed(_))) => Failure::Endpoint("cannot connect to the endpoint"),
+            Err(Late) => {
+                self.worker.metrics.upstream_failed.inc();
+                self.late()
+            }
+        };
+        Err(Lost::Failed { failure, sent: false, stale: false, counts: true, repeatable: true })
+    }
+
+    /// Waits for a final response head and returns its status. Interim
+    /// responses pass to the client on the way.
+    pub(crate) async fn await_head<S: Source>(
+        &self,
+        timer: &mut Timer,
+        source: &mut S,
         endpoint: &mut Conn,
         answer: &mut Buffer,
         record: &mut Record,
-    ) -> Result<(), Failure> {
-        // A failed write is not the end: the endpoint may have answered before it hung up.
-        if let Err(Late) = timer.within(self.send_deadline(), endpoint.send([head, &[], &[]])).await {
-            return Err(Failure::Late);
-        }
+    ) -> Result<u16, Failure> {
         loop {
-            match step(self, timer, source, endpoint, answer).await {
-                Ok(0) if answer.is_empty() => {
-                    return Err(Failure::Endpoint("endpoint closed the connection"));
-                }
-                // Not to be tried again: half a head must not run into that of the next endpoint.
-                Ok(0) | Err(Failure::Endpoint(_)) if !answer.is_empty() => {
-                    return Err(Failure::Nonsense("endpoint closed the connection within a response head"));
-                }
-                read => read?,
-            };
-            record.first_byte.get_or_insert_with(Instant::now);
             while let Some(status) = peek_status(answer.filled(), self.is_head)? {
                 if !(100..200).contains(&status) || status == 101 {
-                    return Ok(());
+                    return Ok(status);
                 }
                 let (interim, length) = interim_head(answer.filled())?;
                 answer.consume(length);
@@ -302,6 +318,17 @@ impl Order<'_> {
             if answer.has_storage() && !answer.make_room(RESPONSE_HEAD_BYTES) {
                 return Err(Failure::Nonsense("response head too large"));
             }
+            match step(self, timer, source, endpoint, answer).await {
+                Ok(0) if answer.is_empty() => {
+                    return Err(Failure::Endpoint("endpoint closed the connection"));
+                }
+                // Not to be taken for an old connection that ended: it has begun to answer.
+                Ok(0) | Err(Failure::Endpoint(_)) if !answer.is_empty() => {
+                    return Err(Failure::Nonsense("endpoint closed the connection within a response head"));
+                }
+                read => read?,
+            };
+            record.first_byte.get_or_insert_with(Instant::now);
         }
     }
 }
@@ -324,6 +351,7 @@ pub(crate) async fn step<S: Source>(
     answer: &mut Buffer,
 ) -> Result<usize, Failure> {
     loop {
+        order.in_time()?;
         let awaits = source.awaits();
         let next = poll_fn(|cx| {
             let uploaded = match source.is_active() {
@@ -351,8 +379,8 @@ pub(crate) async fn step<S: Source>(
             Ok(Step::UploadFailed(error)) => Err(error.into()),
             Ok(Step::Gone) => Err(Failure::Client),
             // The endpoint waits as we do: not its fault.
-            Err(Late) if awaits == Awaits::Client => Err(SLOW_BODY),
-            Err(Late) => Err(Failure::Late),
+            Err(Late) if awaits == Awaits::Client && !order.is_overdue() => Err(SLOW_BODY),
+            Err(Late) => Err(order.late()),
         };
     }
 }
@@ -370,6 +398,9 @@ fn interim_head(bytes: &[u8]) -> Result<(Output, usize), Failure> {
 
 /// Status of a complete response head, without parsing it whole.
 fn peek_status(bytes: &[u8], to_head: bool) -> Result<Option<u16>, Failure> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
     let complete = memchr::memmem::find(bytes, b"\r\n\r\n").is_some();
     if complete && let [b'H', b'T', b'T', b'P', b'/', b'1', b'.', _, b' ', a, b, c, ..] = bytes {
         let digit = |d: &u8| u16::from(d.wrapping_sub(b'0'));

@@ -267,8 +267,9 @@ impl Http1 {
             }
             Verdict::Forward(forward) => {
                 let worker = self.worker.clone();
-                let (idempotent, is_head) = (plan.idempotent, plan.shape.is_head);
-                let order = Order { worker: &worker, router, forward: *forward, idempotent, is_head };
+                let mut order = Order::new(&worker, router, *forward, started);
+                (order.idempotent, order.is_head) = (plan.idempotent, plan.shape.is_head);
+                order.bodiless = plan.shape.framing == Framing::None;
                 match plan.request.take() {
                     None => self.forward(&order, &plan, &mut out, &mut record).await,
                     Some(request) => {

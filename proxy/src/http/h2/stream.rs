@@ -39,6 +39,8 @@ struct Stream<'s> {
     sending: Option<SendStream<Bytes>>,
     is_head: bool,
     is_grpc: bool,
+    /// When the request as a whole has taken too long.
+    ends: Option<Instant>,
 }
 
 /// Serves one stream.
@@ -56,6 +58,7 @@ pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respo
         sending: None,
         is_head: *request.method() == http::Method::HEAD,
         is_grpc: is_grpc(&request),
+        ends: None,
     };
     let router = worker.router();
     match plan(&shared, &router, &request, &body) {
@@ -92,16 +95,20 @@ impl Stream<'_> {
             Verdict::Forward(forward) => *forward,
         };
         let worker = &*self.shared.worker;
-        let idempotent = is_idempotent(request.method().as_str().as_bytes());
-        let order = Order { worker, router, forward, idempotent, is_head: self.is_head };
         let framing = framing(request, &body);
+        let mut order = Order::new(worker, router, forward, self.record.started);
+        order.idempotent = is_idempotent(request.method().as_str().as_bytes());
+        order.is_head = self.is_head;
+        order.bodiless = framing == Framing::None;
+        self.ends = order.ends.next.get();
         let limit = order.body_limit();
         if matches!(framing, Framing::Length(n) if n > limit) {
             worker.metrics.rejected(metrics::Reject::BodyTooLarge);
             self.record.reason = "request body too large";
             return self.answer(413, None).await;
         }
-        let mut source = FromStream::new(body, framing, limit);
+        let kept = if plan.request.is_none() { order.replay_bytes() } else { 0 };
+        let mut source = FromStream::new(body, framing, limit, kept);
         let failure = match &plan.request {
             None => self.over_http1(&order, &mut source, &plan.head).await,
             Some(request) => self.over_http2(&order, &mut source, request).await,
@@ -177,7 +184,9 @@ impl Stream<'_> {
                     Poll::Ready(Err(error)) => Poll::Ready(Err(error.into())),
                 }
             });
-            match self.timer.within(Instant::now() + patience, next).await {
+            let deadline = Instant::now() + patience;
+            let deadline = self.ends.map_or(deadline, |end| end.min(deadline));
+            match self.timer.within(deadline, next).await {
                 Ok(Ok(0)) => {}
                 Ok(Ok(room)) => {
                     let piece = data.split_to(room);
