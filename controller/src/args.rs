@@ -15,6 +15,10 @@ use crate::translate::Options;
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
 use lockgate_proxy::config::{Config, Drain, Limits, Timeouts};
 
+mod resilience;
+
+pub use resilience::ResilienceArgs;
+
 const EXAMPLES: &str = "\
 Examples:
   lockgate demo                              see it all work on this machine
@@ -183,6 +187,9 @@ pub struct IngressArgs {
     #[allow(missing_docs)]
     #[command(flatten)]
     pub timeouts: TimeoutArgs,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub resilience: ResilienceArgs,
 }
 
 /// How a stop proceeds.
@@ -220,7 +227,7 @@ pub struct LimitArgs {
     #[arg(long, value_name = "N", default_value_t = 128, env = "LOCKGATE_MAX_STREAMS", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_streams: u32,
     /// Most endpoints tried for one request
-    #[arg(long, value_name = "N", default_value_t = 3, env = "LOCKGATE_MAX_TRIES", value_parser = clap::value_parser!(u32).range(1..=16))]
+    #[arg(long, alias = "proxy-next-upstream-tries", value_name = "N", default_value_t = 3, env = "LOCKGATE_MAX_TRIES", value_parser = clap::value_parser!(u32).range(1..=16))]
     pub max_tries: u32,
     /// Most idle connections kept per endpoint and worker
     #[arg(long, value_name = "N", default_value_t = 256, env = "LOCKGATE_MAX_IDLE_UPSTREAM")]
@@ -273,6 +280,9 @@ impl IngressArgs {
             trusted: self.trusted_proxies.clone(),
             access_log: self.access_log(),
             drain: Drain { grace: self.stop.shutdown_grace_period.0, deadline: self.stop.drain_timeout.0 },
+            retry: self.resilience.retry(),
+            breaker: self.resilience.breaker(),
+            outliers: self.resilience.outliers(),
             ..defaults
         }
     }
@@ -504,6 +514,8 @@ mod tests {
         assert_eq!(format!("{:?}", config.limits), format!("{:?}", defaults.limits));
         assert_eq!(format!("{:?}", config.timeouts), format!("{:?}", defaults.timeouts));
         assert_eq!(format!("{:?}", config.drain), format!("{:?}", defaults.drain));
+        assert_eq!((config.retry, config.breaker), (defaults.retry, defaults.breaker));
+        assert_eq!(config.outliers, defaults.outliers);
         assert_eq!(format!("{:?}", args.folder()), format!("{:?}", FolderOptions::default()));
         assert_eq!(config.workers, defaults.workers);
     }

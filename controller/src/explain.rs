@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use lockgate_proxy::resilience::{Breaker, Hedge, Resilience};
 use lockgate_proxy::table::{Action, Host, HostPattern, PathMatch, Rule, RuleLimits, Split, When};
 
 use crate::args::ExplainArgs;
@@ -354,11 +355,36 @@ impl Answer<'_> {
         ]
         .into_iter()
         .flatten()
+        .chain(limits.resilience.iter().flat_map(|own| resilience(own)))
         .collect();
         if !own.is_empty() {
             self.step("limits", Tone::Plain, &own.join(", "));
         }
     }
+}
+
+/// What a rule says about endpoints that fail, are slow or have enough to do.
+fn resilience(own: &Resilience) -> Vec<String> {
+    let timeout =
+        |name: &str, limit: Option<std::time::Duration>| limit.map(|limit| format!("{name} {limit:?}"));
+    let hedge = own.hedge.map(|hedge| match hedge {
+        Hedge::After(delay) => format!("sent twice after {delay:?}"),
+        Hedge::P95 => "sent twice after its p95".to_owned(),
+    });
+    let breaker = own.breaker.map(|limits| {
+        let Breaker { connections, pending, requests } = limits;
+        format!("each endpoint {connections} connections, {pending} pending, {requests} requests (0: any)")
+    });
+    let all = [
+        timeout("request", own.request_timeout),
+        timeout("try", own.try_timeout),
+        own.retry_on.map(|on| format!("retries on {on}")),
+        own.tries.map(|tries| format!("{tries} tries")),
+        timeout("tries within", own.retry_within),
+        hedge,
+        breaker,
+    ];
+    all.into_iter().flatten().collect()
 }
 
 /// `not_after` in seconds since 1970.

@@ -31,7 +31,7 @@ pub struct Resilience {
     /// Attempts at most, the first included; 0 is as many as [`MAX_TRIES`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tries: Option<u32>,
-    /// No attempt begins when the first began this long ago; zero is no limit.
+    /// No further attempt begins when the request began this long ago; zero is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_within: Option<Duration>,
     /// A second copy of a request that takes long. `None`: never.
@@ -177,7 +177,9 @@ pub struct Breaker {
 pub struct Retry {
     /// What is tried again.
     pub on: RetryOn,
-    /// No attempt begins when the first began this long ago; zero is no limit.
+    /// As if every rule said [`RetryOn::NON_IDEMPOTENT`] (ingress-nginx's `retry-non-idempotent`).
+    pub non_idempotent: bool,
+    /// No further attempt begins when the request began this long ago; zero is no limit.
     pub within: Duration,
     /// Requests sent once more, in percent of the requests to the same pool in
     /// the last ten seconds; beyond it the failure is the answer. Counted per
@@ -194,6 +196,7 @@ impl Default for Retry {
     fn default() -> Retry {
         Retry {
             on: RetryOn::default(),
+            non_idempotent: false,
             within: Duration::ZERO,
             budget_percent: 20,
             budget_floor: 3,

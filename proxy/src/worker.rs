@@ -25,6 +25,9 @@ pub(crate) struct Worker {
     pub(crate) config: Arc<Config>,
     pub(crate) metrics: Arc<WorkerMetrics>,
     pub(crate) turns: Turns,
+    /// Those of second and further attempts, which take nobody's turn: of two
+    /// endpoints the bad one would have every first attempt.
+    pub(crate) again: Turns,
     pub(crate) budgets: Budgets,
     pub(crate) delays: Delays,
     pub(crate) upstreams: Upstreams,
@@ -78,6 +81,7 @@ impl Worker {
             config,
             metrics,
             turns: Turns::for_worker(index as u32),
+            again: Turns::for_worker(index as u32),
             budgets: Budgets::new(clock::now_ms()),
             delays: Delays::default(),
             tls,

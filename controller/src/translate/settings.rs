@@ -6,6 +6,7 @@ use std::time::Duration;
 use lockgate_proxy::table::{Balance, RuleLimits, Sticky, UpstreamProtocol, When};
 
 use super::annotations::{PREFIX, STICKY, field};
+use super::resilience::resilience;
 use crate::objects::{Labels, Notice};
 
 /// What the annotations of one Ingress ask for.
@@ -55,6 +56,7 @@ pub(super) fn settings(annotations: &Labels, notices: &mut Vec<Notice>) -> Setti
             send_timeout: reader.seconds("proxy-send-timeout"),
             read_timeout: reader.seconds("proxy-read-timeout"),
             max_body: reader.size("proxy-body-size"),
+            resilience: resilience(reader.annotations, reader.notices),
         },
         protocol: reader.protocol(),
         balance,

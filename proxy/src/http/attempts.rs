@@ -155,7 +155,9 @@ impl<'r> Order<'r> {
 
     /// Whether it may be sent twice.
     fn is_safe(&self) -> bool {
-        self.idempotent || self.retry_on().has(RetryOn::NON_IDEMPOTENT)
+        self.idempotent
+            || self.worker.config.retry.non_idempotent
+            || self.retry_on().has(RetryOn::NON_IDEMPOTENT)
     }
 
     /// How much of a request body is worth keeping.

@@ -159,7 +159,8 @@ impl Order<'_> {
     /// The next endpoint to try.
     pub(crate) fn pick(&self, tried: &[u64]) -> Option<Rc<Upstream>> {
         let pool = self.router.pool(self.forward.split.backends[self.forward.choice.backend].pool);
-        let endpoint = pool.pick(&self.worker.turns, clock::now_ms(), tried)?;
+        let turns = if tried.is_empty() { &self.worker.turns } else { &self.worker.again };
+        let endpoint = pool.pick(turns, clock::now_ms(), tried)?;
         Some(self.worker.upstreams.of(&endpoint.live))
     }
 
