@@ -52,6 +52,11 @@ pub(crate) struct Peer {
 pub(crate) struct InFlight(Rc<Upstream>);
 
 impl InFlight {
+    pub(crate) fn new(upstream: Rc<Upstream>) -> InFlight {
+        upstream.live.begin();
+        InFlight(upstream)
+    }
+
     /// A place among the requests under way, of which there may be `limit`; 0 is no limit.
     pub(crate) fn try_new(upstream: &Rc<Upstream>, limit: u32) -> Option<InFlight> {
         upstream.live.try_begin(limit).then(|| InFlight(upstream.clone()))
@@ -97,6 +102,18 @@ impl Drop for Open {
 
 /// A place among an endpoint's connections, from before one is opened until it is closed.
 struct Place(Held);
+
+impl Place {
+    /// `None`: there are `limit`, which is above 0.
+    fn take(upstream: &Upstream, limit: u32) -> Option<Place> {
+        upstream.live.try_open(limit).then(|| Place(upstream.live.clone()))
+    }
+
+    fn unlimited(upstream: &Upstream) -> Place {
+        upstream.live.try_open(0);
+        Place(upstream.live.clone())
+    }
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
@@ -158,10 +175,8 @@ impl Upstreams {
     /// Opens a connection; the caller bounds the time.
     pub(crate) async fn connect(&self, upstream: &Upstream, limits: &Breaker) -> Result<Peer, NoConnection> {
         let _waiting = upstream.wait(limits)?;
-        if !upstream.live.try_open(limits.connections) {
-            return Err(NoConnection::Full(Limit::Connections));
-        }
-        let place = Place(upstream.live.clone());
+        let place =
+            Place::take(upstream, limits.connections).ok_or(NoConnection::Full(Limit::Connections))?;
         let opened = self.open(upstream).await;
         if opened.is_err() {
             self.metrics.upstream_failed.inc();
@@ -169,11 +184,26 @@ impl Upstreams {
         Ok(Peer { conn: opened?, open: Open::new(self.metrics.clone(), place), busy: None })
     }
 
+    /// As [`Upstreams::connect`], but for bytes that are not ours to understand:
+    /// whatever the endpoint speaks, nothing is spoken here.
+    pub(crate) async fn connect_tcp(&self, upstream: &Upstream) -> io::Result<Peer> {
+        let tcp = open_tcp(upstream).await;
+        if tcp.is_err() {
+            self.metrics.upstream_failed.inc();
+        }
+        let place = Place::unlimited(upstream);
+        Ok(Peer { conn: Conn::Plain(tcp?), open: Open::new(self.metrics.clone(), place), busy: None })
+    }
+
     async fn open(&self, upstream: &Upstream) -> io::Result<Conn> {
-        let tcp = TcpStream::connect(upstream.live.address).await?;
-        tcp.set_nodelay(true)?;
+        let tcp = open_tcp(upstream).await?;
         let connector = match upstream.live.protocol {
-            UpstreamProtocol::Http1 | UpstreamProtocol::H2c => return Ok(Conn::Plain(tcp)),
+            UpstreamProtocol::Http1
+            | UpstreamProtocol::H2c
+            | UpstreamProtocol::Tcp
+            | UpstreamProtocol::Udp => {
+                return Ok(Conn::Plain(tcp));
+            }
             UpstreamProtocol::Https => &self.http1_tls,
             UpstreamProtocol::H2 => &self.h2_tls,
         };
@@ -229,6 +259,12 @@ impl Upstreams {
             named || Rc::strong_count(upstream) > 1 || !upstream.h2.is_idle()
         });
     }
+}
+
+async fn open_tcp(upstream: &Upstream) -> io::Result<TcpStream> {
+    let tcp = TcpStream::connect(upstream.live.address).await?;
+    tcp.set_nodelay(true)?;
+    Ok(tcp)
 }
 
 impl Upstream {

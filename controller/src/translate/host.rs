@@ -32,6 +32,8 @@ impl PoolId {
             Some(UpstreamProtocol::H2c) => "#h2c",
             Some(UpstreamProtocol::Https) => "#https",
             Some(UpstreamProtocol::H2) => "#h2",
+            Some(UpstreamProtocol::Tcp) => "#tcp",
+            Some(UpstreamProtocol::Udp) => "#udp",
         };
         PoolKey(format!("{}:{}{protocol}", self.service, self.port).into())
     }

@@ -57,6 +57,7 @@ pub(super) fn settings(annotations: &Labels, notices: &mut Vec<Notice>) -> Setti
             read_timeout: reader.seconds("proxy-read-timeout"),
             max_body: reader.size("proxy-body-size"),
             resilience: resilience(reader.annotations, reader.notices),
+            per_client: None,
         },
         protocol: reader.protocol(),
         balance,

@@ -1,5 +1,6 @@
 //! A downstream HTTP/2 connection (RFC 9113): the `h2` crate speaks the
-//! protocol, one task per stream carries the requests out.
+//! protocol, one task per stream carries the requests out. A stream may become a
+//! tunnel for WebSocket (RFC 8441).
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -24,6 +25,8 @@ use super::client::Client;
 mod plan;
 mod source;
 mod stream;
+mod tunnel;
+mod websocket;
 
 /// What a client may send on one stream before it has been passed on.
 const STREAM_WINDOW: u32 = 128 << 10;
@@ -70,6 +73,7 @@ pub(crate) async fn serve(
         .max_send_buffer_size(SEND_BUFFER)
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_RESETS))
+        .enable_connect_protocol()
         .handshake::<_, Bytes>(Rewound { input, conn });
     let deadline = Instant::now() + worker.config.timeouts.header;
     let Ok(Ok(mut connection)) = timer.within(deadline, handshake).await else { return };

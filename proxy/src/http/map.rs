@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use http::{HeaderMap, HeaderName, HeaderValue, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
 use crate::buffer::Output;
 use crate::table::UpstreamProtocol;
@@ -12,6 +12,7 @@ use super::chunked::{header_map, is_forbidden};
 use super::client::{Claims, Client, Forwarded};
 use super::field::{Field, classify};
 use super::forward::{RequestId, put};
+use super::response::{BadResponse, ResponseHead};
 
 /// Fields that HTTP/2 forbids in responses (RFC 9113 section 8.2.2).
 pub(crate) fn is_connection_specific(name: &HeaderName) -> bool {
@@ -33,7 +34,7 @@ pub(crate) fn is_replaced(name: &HeaderName) -> bool {
 pub(crate) fn claims(headers: &HeaderMap) -> Claims<'_> {
     let get = |name: &str| headers.get(name).map(HeaderValue::as_bytes);
     Claims {
-        for_: get("x-forwarded-for"),
+        for_: headers.get_all("x-forwarded-for").iter().map(HeaderValue::as_bytes).collect(),
         proto: get("x-forwarded-proto"),
         host: get("x-forwarded-host"),
         port: get("x-forwarded-port"),
@@ -59,7 +60,9 @@ pub(crate) fn add_forwarded(
 /// any other; the client's is told by `X-Forwarded-Proto`.
 pub(crate) fn scheme(protocol: UpstreamProtocol) -> &'static str {
     match protocol {
-        UpstreamProtocol::Http1 | UpstreamProtocol::H2c => "http",
+        UpstreamProtocol::Http1 | UpstreamProtocol::H2c | UpstreamProtocol::Tcp | UpstreamProtocol::Udp => {
+            "http"
+        }
         UpstreamProtocol::Https | UpstreamProtocol::H2 => "https",
     }
 }
@@ -84,6 +87,24 @@ pub(crate) fn write_cookies(out: &mut Vec<u8>, headers: &HeaderMap) {
     if !first {
         out.extend_from_slice(b"\r\n");
     }
+}
+
+/// The head of an HTTP/1 response without what ends at this hop.
+pub(crate) fn response(head: &ResponseHead<'_, '_>) -> Result<Response<()>, BadResponse> {
+    let mut response = Response::new(());
+    *response.status_mut() =
+        StatusCode::from_u16(head.status).map_err(|_| BadResponse("malformed status line"))?;
+    let headers = response.headers_mut();
+    for header in head.headers {
+        let name = HeaderName::from_bytes(header.name.as_bytes());
+        let value = HeaderValue::from_bytes(header.value);
+        let (Ok(name), Ok(value)) = (name, value) else { continue };
+        let nominated = head.nominated.iter().any(|n| n.eq_ignore_ascii_case(header.name.as_bytes()));
+        if !nominated && !is_connection_specific(&name) {
+            headers.append(name, value);
+        }
+    }
+    Ok(response)
 }
 
 /// A request's headers and who sent it: what routing may look at.

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use h2::client::ResponseFuture;
 use h2::{Reason, RecvStream, SendStream};
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, Method, Request, Response};
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
@@ -157,6 +157,13 @@ impl Order<'_> {
         lease: Lease,
         body: Body,
     ) -> Result<Answering, Broken> {
+        // Only a tunnel is a CONNECT here, and not every endpoint knows how to be the end of one.
+        if *request.method() == Method::CONNECT
+            && timer.within(self.connect_deadline(), lease.offers_tunnels()).await != Ok(true)
+        {
+            let failure = Failure::Nonsense("endpoint offers no extended CONNECT");
+            return Err(Broken { failure, processed: false, stale: false, body });
+        }
         let bodiless = source.is_done() && body.is_untouched();
         let (mut answer, stream) = match lease.sender().send_request(request.clone(), bodiless) {
             Ok(sent) => sent,
@@ -190,7 +197,7 @@ impl Order<'_> {
                     return Err(broken(&error, &lease, upload.body));
                 }
                 Ok(Err(AnswerError::Upload(failure))) => failure,
-                Err(Late) if upload.awaits_client() && !self.is_overdue() => SLOW_BODY,
+                Err(Late) if upload.awaits_client() && source.is_active() && !self.is_overdue() => SLOW_BODY,
                 Err(Late) => {
                     // Slow or dead: later requests find out on a connection of their own. One
                     // that was allowed less time than others says less.
@@ -311,6 +318,11 @@ impl Upload {
     /// More of the body is to come.
     pub(crate) fn is_active(&self) -> bool {
         self.state == State::Open
+    }
+
+    /// For a tunnel: whatever is sent from here on is not of this request.
+    pub(crate) fn into_stream(self) -> SendStream<Bytes> {
+        self.stream
     }
 
     /// All that came has left, and more is to come.

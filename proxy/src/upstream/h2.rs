@@ -1,6 +1,7 @@
 //! HTTP/2 connections to an endpoint, shared by all requests of one worker.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -8,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::SendRequest;
+use h2::{Ping, PingPong};
 use socket2::SockRef;
 use tokio::sync::Notify;
 
@@ -61,6 +63,46 @@ struct Connection {
     closed: Cell<bool>,
     /// When the last stream ended, in milliseconds of [`clock::now_ms`].
     idle_since: Cell<u64>,
+    settings: Settings,
+}
+
+/// Whether the endpoint's SETTINGS have come. They are the first it sends
+/// (RFC 9113 section 3.4), so whatever it answers comes after them.
+#[derive(Default)]
+struct Settings {
+    known: Cell<bool>,
+    /// `None`: somebody is asking; the others wait for the answer.
+    pings: RefCell<Option<PingPong>>,
+    changed: Notify,
+}
+
+/// The turn to ask; whoever waits for it learns of its end.
+struct Asking<'s>(&'s Settings, Option<PingPong>);
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        *self.0.pings.borrow_mut() = self.1.take();
+        self.0.changed.notify_waiters();
+    }
+}
+
+impl Settings {
+    /// Waits until they are there, or never will be. The caller bounds the time.
+    async fn arrived(&self) {
+        while !self.known.get() {
+            let Some(pings) = self.pings.borrow_mut().take() else {
+                self.changed.notified().await;
+                continue;
+            };
+            let mut asking = Asking(self, Some(pings));
+            let Asking(_, Some(pings)) = &mut asking else { return };
+            // Refused while the ping of one who gave up is still under way: its answer will do.
+            let _ = pings.send_ping(Ping::opaque());
+            // An error is the end of the connection: the next to use it will see that.
+            let _ = poll_fn(|cx| pings.poll_pong(cx)).await;
+            self.known.set(true);
+        }
+    }
 }
 
 /// Permission to open one stream; held until the stream has ended.
@@ -80,6 +122,12 @@ impl Lease {
     /// A handle that can send the request.
     pub(crate) fn sender(&self) -> SendRequest<Bytes> {
         self.connection.send.borrow().clone()
+    }
+
+    /// Whether the endpoint takes extended CONNECT (RFC 8441 section 3). The caller bounds the time.
+    pub(crate) async fn offers_tunnels(&self) -> bool {
+        self.connection.settings.arrived().await;
+        self.connection.send.borrow().is_extended_connect_protocol_enabled()
     }
 
     /// No new streams on this connection; those under way finish.
@@ -198,7 +246,7 @@ impl Upstreams {
         let peer = self.connect(upstream, limits).await?;
         let (metrics, conn) = peer.into_parts();
         SockRef::from(conn.tcp()).set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
-        let (send, driver) = h2::client::Builder::new()
+        let (send, mut driver) = h2::client::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .initial_max_send_streams(upstream.h2.allowed.get())
@@ -212,6 +260,7 @@ impl Upstreams {
             streams: Cell::new(0),
             closed: Cell::new(false),
             idle_since: Cell::new(clock::now_ms()),
+            settings: Settings { pings: RefCell::new(driver.ping_pong()), ..Settings::default() },
         });
         upstream.h2.connections.borrow_mut().push(connection.clone());
         // The driver ends when the endpoint hangs up, or when we have dropped every handle.

@@ -10,10 +10,12 @@ use crate::http::client::{Client, Forwarded};
 use crate::http::forward::{RequestId, put, write_framing};
 use crate::http::head::{Framing, Reject, is_authority};
 use crate::http::{Asked, Verdict, decide, map, write_https_location};
+use crate::limit::{self, Held};
 use crate::router::Router;
 use crate::table::UpstreamProtocol;
 
 use super::Http2;
+use super::websocket::{self, Key};
 
 /// What is sent upstream, settled before a byte moves.
 pub(super) struct Plan {
@@ -25,6 +27,10 @@ pub(super) struct Plan {
     pub(super) head: Output,
     /// Request for an HTTP/2 endpoint.
     pub(super) request: Option<Request<()>>,
+    /// The request in its client's account.
+    _held: Option<Held>,
+    /// The stream is to become a tunnel; what an HTTP/1 endpoint has to prove it has read.
+    pub(super) websocket: Option<Key>,
 }
 
 /// Decides, and prepares what is sent upstream.
@@ -45,17 +51,22 @@ pub(super) fn plan<'r>(
     if request.headers().len() - crumbs > worker.config.limits.headers {
         return Err(Reject { status: 431, reason: "too many header fields" });
     }
-    if *request.method() == Method::CONNECT {
+    let websocket = websocket::is_wanted(request)?;
+    if *request.method() == Method::TRACE {
         return Err(Reject { status: 405, reason: "method not allowed" });
     }
-    let forwarded = client.forwarded(&map::claims(request.headers()));
+    require_form(request, target)?;
+    let forwarded = client.forwarded(|| map::claims(request.headers()));
     let view = map::MapView { headers: request.headers(), client: forwarded.address };
     let https = forwarded.is_https(client);
     let asked = Asked { authority: &authority, path: request.uri().path().as_bytes(), https };
-    let verdict = decide(worker, router, client, &asked, &view)?;
+    let mut verdict = decide(worker, router, client, &asked, &view)?;
+    let held = limit::admit(worker, &mut verdict, forwarded.address);
     let sent = request.headers().get("x-request-id").map(HeaderValue::as_bytes);
     let id = RequestId::new(sent, &mut worker.random.borrow_mut());
-    let mut plan = Plan { authority, id, location: None, head: Output::take(), request: None };
+    let websocket = websocket.then(|| Key::new(&mut worker.random.borrow_mut()));
+    let mut plan =
+        Plan { authority, id, location: None, head: Output::take(), request: None, _held: held, websocket };
     match &verdict {
         Verdict::Answer(answer) if answer.to_https => {
             let mut location = Vec::new();
@@ -66,7 +77,10 @@ pub(super) fn plan<'r>(
         Verdict::Forward(forward) => {
             let pool = router.pool(forward.split.backends[forward.choice.backend].pool);
             match pool.protocol {
-                UpstreamProtocol::Http1 | UpstreamProtocol::Https => {
+                UpstreamProtocol::Http1
+                | UpstreamProtocol::Https
+                | UpstreamProtocol::Tcp
+                | UpstreamProtocol::Udp => {
                     write_request(&mut plan, client, &forwarded, request, framing(request, body));
                 }
                 UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
@@ -76,6 +90,9 @@ pub(super) fn plan<'r>(
                         headers.keys().filter(|n| map::is_replaced(n)).cloned().collect();
                     for name in replaced {
                         headers.remove(name);
+                    }
+                    if plan.websocket.is_some() {
+                        websocket::remove_handshake(headers);
                     }
                     map::add_forwarded(headers, client, &forwarded, &plan.authority, &plan.id);
                     plan.request =
@@ -108,6 +125,25 @@ fn authority(request: &Request<()>) -> Result<Bytes, Reject> {
     }
 }
 
+/// What the `h2` crate lets pass and HTTP/1 does not: it must not become a request line.
+fn require_form(request: &Request<()>, target: &str) -> Result<(), Reject> {
+    let bad = |reason| Err(Reject { status: 400, reason });
+    if !target.starts_with('/') && (target != "*" || *request.method() != Method::OPTIONS) {
+        return bad("malformed :path");
+    }
+    if target.bytes().any(|b| !(0x21..=0x7e).contains(&b)) {
+        return bad("illegal character in :path");
+    }
+    // Without :authority the crate keeps no scheme.
+    if request.uri().scheme_str().is_some_and(str::is_empty) {
+        return bad("empty :scheme");
+    }
+    if request.headers().get_all(header::CONTENT_LENGTH).iter().count() > 1 {
+        return bad("duplicate Content-Length");
+    }
+    Ok(())
+}
+
 fn with_authority(mut request: Request<()>, scheme: &str, authority: &[u8]) -> Result<Request<()>, Reject> {
     let target = target(&request);
     let uri = http::Uri::builder().scheme(scheme).authority(authority).path_and_query(target).build();
@@ -124,15 +160,20 @@ fn write_request(
     request: &Request<()>,
     framing: Framing,
 ) {
-    let Plan { head, authority, id, .. } = plan;
+    let Plan { head, authority, id, websocket, .. } = plan;
     let target = target(request).as_bytes();
-    put(head, &[request.method().as_str().as_bytes(), b" ", target]);
+    // RFC 8441 section 5: what is a CONNECT there is a GET in HTTP/1.
+    let method = if websocket.is_some() { Method::GET.as_str() } else { request.method().as_str() };
+    put(head, &[method.as_bytes(), b" ", target]);
     put(head, &[b" HTTP/1.1\r\nHost: ", authority, b"\r\n"]);
     client.write_forwarded(head, forwarded);
     let host = forwarded.claims.host.unwrap_or(authority);
     put(head, &[b"X-Forwarded-Host: ", host, b"\r\nX-Request-ID: ", id.as_bytes(), b"\r\n"]);
     write_kept(head, request.headers());
-    write_framing(head, framing);
+    match websocket {
+        Some(key) => key.write_lines(head),
+        None => write_framing(head, framing),
+    }
     head.extend_from_slice(b"\r\n");
 }
 
@@ -143,7 +184,7 @@ fn target(request: &Request<()>) -> &str {
 /// The fields that go on to an HTTP/1 endpoint.
 fn write_kept(head: &mut Output, headers: &HeaderMap) {
     for (name, value) in headers {
-        let elsewhere = name == header::CONTENT_LENGTH || name == header::COOKIE;
+        let elsewhere = [header::CONTENT_LENGTH, header::COOKIE, header::SEC_WEBSOCKET_KEY].contains(name);
         if !elsewhere && !map::is_replaced(name) {
             put(head, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
         }

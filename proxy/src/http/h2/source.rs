@@ -32,6 +32,8 @@ pub(super) struct FromStream {
     abandoned: bool,
     /// What an HTTP/1 endpoint is getting, framed as it is.
     kept: Kept,
+    /// What comes is not a request body, but belongs to a tunnel.
+    withheld: bool,
 }
 
 impl FromStream {
@@ -50,7 +52,18 @@ impl FromStream {
             ended,
             abandoned: false,
             kept: Kept::new(kept),
+            withheld: false,
         }
+    }
+
+    /// Nothing is taken from the client before the tunnel stands.
+    pub(super) fn withhold(&mut self) {
+        self.withheld = true;
+    }
+
+    /// What the client goes on to send.
+    pub(super) fn into_body(self) -> RecvStream {
+        self.body
     }
 
     /// Bytes received and not yet written, those that another endpoint had got included.
@@ -103,7 +116,7 @@ impl FromStream {
 
     /// There is more to move, and the endpoint takes it.
     pub(super) fn is_active(&self) -> bool {
-        !self.is_done() && !self.abandoned
+        !self.is_done() && !self.abandoned && !self.withheld
     }
 
     /// The endpoint takes no more.
@@ -214,6 +227,9 @@ impl Source for Watched<'_> {
     }
 
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Result<Piece, UploadError>> {
+        if self.source.withheld {
+            return Poll::Pending;
+        }
         self.source.poll_receive(cx)
     }
 

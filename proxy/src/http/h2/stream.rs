@@ -23,11 +23,13 @@ use crate::http::{Verdict, chunked, is_idempotent, map, phrase};
 use crate::metrics;
 use crate::router::Router;
 use crate::timer::{Late, Timer};
-use crate::upstream::{Peer, Upstream};
+use crate::upstream::Peer;
 
 use super::Http2;
 use super::plan::{Plan, framing, plan};
 use super::source::{Answer, FromStream, Watched};
+use super::tunnel::{self, Far, Near};
+use super::websocket::{self, Key};
 
 /// The answering half of a stream, and what is being remembered of it.
 struct Stream<'s> {
@@ -61,6 +63,7 @@ pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respo
         ends: None,
     };
     let router = worker.router();
+    let mut far = None;
     match plan(&shared, &router, &request, &body) {
         Err(reject) => {
             stream.record.reason = reject.reason;
@@ -73,11 +76,17 @@ pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respo
             stream.finish(&request, None, b"");
         }
         Ok((verdict, plan)) => {
-            stream.carry_out(&router, &verdict, &plan, &request, body).await;
+            far = stream.carry_out(&router, &verdict, &plan, &request, body).await;
             stream.finish(&request, Some(&verdict), plan.id.as_bytes());
         }
     }
     worker.metrics.requests_in_flight.dec();
+    // A tunnel is not tied to the generation that opened it.
+    drop(router);
+    if let (Some((receive, far)), Some(send)) = (far, stream.sending) {
+        worker.metrics.upgrades.inc();
+        tunnel::run(worker, Near { receive, send }, far, stream.timer).await;
+    }
     shared.stream_ended();
 }
 
@@ -89,34 +98,88 @@ impl Stream<'_> {
         plan: &Plan,
         request: &Request<()>,
         body: RecvStream,
-    ) {
+    ) -> Option<(RecvStream, Far)> {
         let forward = match verdict {
-            Verdict::Answer(answer) => return self.answer(answer.status, plan.location.clone()).await,
+            Verdict::Answer(answer) => {
+                self.answer(answer.status, plan.location.clone()).await;
+                return None;
+            }
             Verdict::Forward(forward) => *forward,
         };
         let worker = &*self.shared.worker;
         let framing = framing(request, &body);
         let mut order = Order::new(worker, router, forward, self.record.started);
-        order.idempotent = is_idempotent(request.method().as_str().as_bytes());
+        // Of a tunnel nothing has been sent before it stands.
+        order.idempotent = plan.websocket.is_some() || is_idempotent(request.method().as_str().as_bytes());
         order.is_head = self.is_head;
-        order.bodiless = framing == Framing::None;
+        order.bodiless = framing == Framing::None && plan.websocket.is_none();
         self.ends = order.ends.next.get();
         let limit = order.body_limit();
         if matches!(framing, Framing::Length(n) if n > limit) {
             worker.metrics.rejected(metrics::Reject::BodyTooLarge);
             self.record.reason = "request body too large";
-            return self.answer(413, None).await;
+            self.answer(413, None).await;
+            return None;
         }
         let kept = if plan.request.is_none() { order.replay_bytes() } else { 0 };
         let mut source = FromStream::new(body, framing, limit, kept);
-        let failure = match &plan.request {
-            None => self.over_http1(&order, &mut source, &plan.head).await,
-            Some(request) => self.over_http2(&order, &mut source, request).await,
+        if plan.websocket.is_some() {
+            source.withhold();
+        }
+        let done = match (&plan.request, &plan.websocket) {
+            (None, None) => self.over_http1(&order, &mut source, &plan.head).await.map(|()| None),
+            (Some(request), None) => self.over_http2(&order, &mut source, request).await.map(|()| None),
+            (None, Some(key)) => self.tunnel_over_http1(&order, &mut source, &plan.head, key).await,
+            (Some(request), Some(_)) => self.tunnel_over_http2(&order, &mut source, request).await,
         };
         self.record.bytes_in = source.bytes;
-        if let Err(failure) = failure {
-            self.fail(&failure).await;
+        match done {
+            Ok(far) => far.map(|far| (source.into_body(), far)),
+            Err(failure) => {
+                self.fail(&failure).await;
+                None
+            }
         }
+    }
+
+    /// Asks an HTTP/1 endpoint to switch. `None`: it would not, and its answer is through.
+    async fn tunnel_over_http1(
+        &mut self,
+        order: &Order<'_>,
+        source: &mut FromStream,
+        head: &Output,
+        key: &Key,
+    ) -> Result<Option<Far>, Failure> {
+        let mut answer = Buffer::new();
+        let Stream { timer, record, respond, .. } = self;
+        let mut watched = Watched { source, answer: Answer::Due(respond) };
+        let (_, peer) = order.obtain(timer, &mut watched, head, &mut answer, record).await?;
+        let Some(response) = websocket::switched(order, &mut answer, key)? else {
+            return self.relay_http1(order, source, peer, answer).await.map(|_| None);
+        };
+        (self.record.status, self.record.upstream_status) = (200, 101);
+        self.send_head(response, false)?;
+        Ok(Some(Far::Http1(Box::new(peer), answer)))
+    }
+
+    /// Asks an HTTP/2 endpoint for a tunnel. `None`: it would not, and its answer is through.
+    async fn tunnel_over_http2(
+        &mut self,
+        order: &Order<'_>,
+        source: &mut FromStream,
+        request: &Request<()>,
+    ) -> Result<Option<Far>, Failure> {
+        let Stream { timer, record, respond, .. } = self;
+        let mut watched = Watched { source, answer: Answer::Due(respond) };
+        let answering = order.obtain_h2(timer, &mut watched, request, record).await?;
+        if !answering.response.status().is_success() {
+            return self.relay_http2(order, source, answering).await.map(|()| None);
+        }
+        let Answering { response, upload, lease } = answering;
+        let (mut parts, receive) = response.into_parts();
+        websocket::remove_handshake(&mut parts.headers);
+        self.send_http2_head(order, parts, false)?;
+        Ok(Some(Far::Http2 { receive, send: upload.into_stream(), _lease: lease }))
     }
 
     /// Tells the client of a failure: by a status while it can still be told, else by a reset.
@@ -231,33 +294,33 @@ impl Stream<'_> {
         let mut answer = Buffer::new();
         let Stream { timer, record, respond, .. } = self;
         let mut watched = Watched { source, answer: Answer::Due(respond) };
-        let (upstream, mut peer) = order.obtain(timer, &mut watched, head, &mut answer, record).await?;
+        let (upstream, peer) = order.obtain(timer, &mut watched, head, &mut answer, record).await?;
+        if let Some(peer) = self.relay_http1(order, source, peer, answer).await? {
+            order.worker.upstreams.keep(&upstream, peer, clock::now_ms());
+        }
+        Ok(())
+    }
+
+    /// The response whose head is in `answer`. Returns the connection if it can be used again.
+    async fn relay_http1(
+        &mut self,
+        order: &Order<'_>,
+        source: &mut FromStream,
+        mut peer: Peer,
+        mut answer: Buffer,
+    ) -> Result<Option<Peer>, Failure> {
         let (response, framing, reusable) = response_of(order, &mut answer)?;
         let status = response.status().as_u16();
         (self.record.status, self.record.upstream_status) = (status, status);
         let bodiless = framing == Framing::None;
         self.send_head(response, bodiless)?;
         if !bodiless {
-            self.relay_http1(order, source, framing, &mut peer, &mut answer).await?;
+            self.relay_http1_body(order, source, framing, &mut peer, &mut answer).await?;
         }
-        self.give_back(order, source, &upstream, peer, reusable && answer.is_empty());
-        Ok(())
+        Ok((reusable && answer.is_empty() && source.is_done()).then_some(peer))
     }
 
-    fn give_back(
-        &self,
-        order: &Order<'_>,
-        source: &FromStream,
-        upstream: &Rc<Upstream>,
-        peer: Peer,
-        reusable: bool,
-    ) {
-        if reusable && source.is_done() {
-            order.worker.upstreams.keep(upstream, peer, clock::now_ms());
-        }
-    }
-
-    async fn relay_http1(
+    async fn relay_http1_body(
         &mut self,
         order: &Order<'_>,
         source: &mut FromStream,
@@ -299,17 +362,36 @@ impl Stream<'_> {
         let Stream { timer, record, respond, .. } = self;
         let mut watched = Watched { source, answer: Answer::Due(respond) };
         let answering = order.obtain_h2(timer, &mut watched, request, record).await?;
-        let Answering { response, mut upload, lease: _lease } = answering;
-        let (mut parts, mut body) = response.into_parts();
+        self.relay_http2(order, source, answering).await
+    }
+
+    /// The head of an HTTP/2 endpoint's response.
+    fn send_http2_head(
+        &mut self,
+        order: &Order<'_>,
+        mut parts: http::response::Parts,
+        end: bool,
+    ) -> Result<(), Failure> {
         let status = parts.status.as_u16();
         (self.record.status, self.record.upstream_status) = (status, status);
         let bucket = order.forward.split.bucket_line(order.forward.choice);
         parts.headers.extend(chunked::header_map(&bucket).unwrap_or_default());
         parts.version = http::Version::HTTP_2;
+        self.send_head(Response::from_parts(parts, ()), end)
+    }
+
+    async fn relay_http2(
+        &mut self,
+        order: &Order<'_>,
+        source: &mut FromStream,
+        answering: Answering,
+    ) -> Result<(), Failure> {
+        let Answering { response, mut upload, lease: _lease } = answering;
+        let (parts, mut body) = response.into_parts();
         // Some endpoints send a body where there is none to be.
-        let bodiless = self.is_head || matches!(status, 204 | 304);
+        let bodiless = self.is_head || matches!(parts.status.as_u16(), 204 | 304);
         let at_once = bodiless || body.is_end_stream() && !upload.is_active();
-        self.send_head(Response::from_parts(parts, ()), at_once)?;
+        self.send_http2_head(order, parts, at_once)?;
         if at_once {
             return Ok(());
         }
@@ -403,19 +485,8 @@ fn response_of(order: &Order<'_>, answer: &mut Buffer) -> Result<(Response<()>, 
     if head.status == 101 {
         return Err(Failure::Nonsense("endpoint switched protocols unasked"));
     }
-    let mut response = Response::new(());
-    *response.status_mut() =
-        StatusCode::from_u16(head.status).map_err(|_| Failure::Nonsense("malformed status line"))?;
+    let mut response = map::response(&head).map_err(nonsense)?;
     let headers = response.headers_mut();
-    for header in head.headers {
-        let name = http::HeaderName::from_bytes(header.name.as_bytes());
-        let value = HeaderValue::from_bytes(header.value);
-        let (Ok(name), Ok(value)) = (name, value) else { continue };
-        let nominated = head.nominated.iter().any(|n| n.eq_ignore_ascii_case(header.name.as_bytes()));
-        if !nominated && !map::is_connection_specific(&name) {
-            headers.append(name, value);
-        }
-    }
     if head.framing == Framing::Chunked || head.framing == Framing::Close {
         headers.remove(header::CONTENT_LENGTH);
     }

@@ -1,0 +1,221 @@
+//! A stream that has become a tunnel (RFC 8441): bytes both ways, each direction
+//! ended on its own. The rules are those of [`crate::http::tunnel`]; an orderly
+//! end is END_STREAM here, anything else a reset (RFC 8441 section 5).
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream};
+use tokio::io::AsyncWrite as _;
+use tokio::time::Instant;
+
+use crate::buffer::Buffer;
+use crate::conn::Conn;
+use crate::http::over_h2::poll_room;
+use crate::timer::Timer;
+use crate::upstream::Peer;
+use crate::upstream::h2::Lease;
+use crate::worker::Worker;
+
+/// Most bytes taken from an HTTP/1 endpoint at once: a frame.
+const PIECE: usize = 16 << 10;
+
+/// The client's stream.
+pub(super) struct Near {
+    pub(super) receive: RecvStream,
+    pub(super) send: SendStream<Bytes>,
+}
+
+/// The endpoint's end.
+pub(super) enum Far {
+    /// A connection that has switched, and what was read behind its 101.
+    Http1(Box<Peer>, Buffer),
+    /// A stream; the lease keeps its place.
+    Http2 { receive: RecvStream, send: SendStream<Bytes>, _lease: Lease },
+}
+
+/// One direction.
+#[derive(Default)]
+struct Pipe {
+    /// Received and not yet passed on.
+    pending: Bytes,
+    /// Bytes to release once that has happened.
+    held: usize,
+    ended: bool,
+    shut: bool,
+}
+
+/// One side has broken.
+struct Broken;
+
+/// Relays until both directions have ended, one breaks, or neither speaks for too long.
+pub(super) async fn run(worker: &Worker, mut near: Near, mut far: Far, mut timer: Timer) {
+    worker.metrics.tunnels_open.inc();
+    let (mut up, mut down) = (Pipe::default(), Pipe::default());
+    loop {
+        let deadline = Instant::now() + worker.config.timeouts.tunnel;
+        let moved = poll_fn(|cx| poll(cx, &mut near, &mut far, &mut up, &mut down));
+        match timer.within(deadline, moved).await {
+            Ok(Ok(())) if !(up.shut && down.shut) => {}
+            Ok(Ok(())) => break,
+            _ => {
+                near.send.send_reset(Reason::CANCEL);
+                if let Far::Http2 { send, .. } = &mut far {
+                    send.send_reset(Reason::CANCEL);
+                }
+                break;
+            }
+        }
+    }
+    worker.metrics.tunnels_open.dec();
+}
+
+/// `Ready` when something moved.
+fn poll(
+    cx: &mut Context<'_>,
+    near: &mut Near,
+    far: &mut Far,
+    up: &mut Pipe,
+    down: &mut Pipe,
+) -> Poll<Result<(), Broken>> {
+    let (first, second) = match far {
+        Far::Http1(peer, buffer) => (
+            up.poll_to_conn(cx, &mut near.receive, &mut peer.conn)?,
+            down.poll_from_conn(cx, &mut peer.conn, buffer, &mut near.send)?,
+        ),
+        Far::Http2 { receive, send, .. } => {
+            (up.poll_stream(cx, &mut near.receive, send)?, down.poll_stream(cx, receive, &mut near.send)?)
+        }
+    };
+    // A client that has said all it had to say can still break off.
+    if near.send.poll_reset(cx).is_ready() && !down.shut {
+        return Poll::Ready(Err(Broken));
+    }
+    if first.is_ready() || second.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+}
+
+impl Pipe {
+    /// The next bytes of a stream into `pending`; its window opens again for
+    /// those before. `Ready` when there are some, or it has ended.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, from: &mut RecvStream) -> Poll<Result<(), Broken>> {
+        let held = std::mem::take(&mut self.held);
+        if held > 0 {
+            from.flow_control().release_capacity(held).map_err(|_| Broken)?;
+        }
+        match ready!(from.poll_data(cx)) {
+            Some(Ok(data)) => {
+                self.held = data.len();
+                self.pending = data;
+            }
+            Some(Err(_)) => return Poll::Ready(Err(Broken)),
+            None => self.ended = true,
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_to_conn(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut RecvStream,
+        to: &mut Conn,
+    ) -> Poll<Result<(), Broken>> {
+        if self.shut {
+            return Poll::Pending;
+        }
+        let mut moved = false;
+        loop {
+            while !self.pending.is_empty() {
+                match Pin::new(&mut *to).poll_write(cx, &self.pending).map_err(|_| Broken)? {
+                    Poll::Ready(0) => return Poll::Ready(Err(Broken)),
+                    Poll::Ready(n) => drop(self.pending.split_to(n)),
+                    Poll::Pending => return progress(moved),
+                }
+                moved = true;
+            }
+            if self.ended {
+                ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(|_| Broken)?;
+                self.shut = true;
+                return Poll::Ready(Ok(()));
+            }
+            if Pin::new(&mut *to).poll_flush(cx).map_err(|_| Broken)?.is_pending() {
+                return progress(moved);
+            }
+            if self.poll_receive(cx, from)?.is_pending() {
+                return progress(moved);
+            }
+        }
+    }
+
+    fn poll_from_conn(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut Conn,
+        buffer: &mut Buffer,
+        to: &mut SendStream<Bytes>,
+    ) -> Poll<Result<(), Broken>> {
+        if self.shut {
+            return Poll::Pending;
+        }
+        let mut moved = false;
+        loop {
+            while !buffer.is_empty() {
+                let Poll::Ready(room) = poll_room(cx, to, buffer.len().min(PIECE)) else {
+                    return progress(moved);
+                };
+                let room = room.ok_or(Broken)?;
+                let piece = Bytes::copy_from_slice(&buffer.filled()[..room]);
+                to.send_data(piece, false).map_err(|_| Broken)?;
+                buffer.consume(room);
+                moved = true;
+            }
+            buffer.release();
+            if self.ended {
+                return self.end(to);
+            }
+            match from.poll_fill(cx, buffer).map_err(|_| Broken)? {
+                Poll::Ready(0) => self.ended = true,
+                Poll::Ready(_) => {}
+                Poll::Pending => return progress(moved),
+            }
+        }
+    }
+
+    fn poll_stream(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut RecvStream,
+        to: &mut SendStream<Bytes>,
+    ) -> Poll<Result<(), Broken>> {
+        if self.shut {
+            return Poll::Pending;
+        }
+        let mut moved = false;
+        loop {
+            while !self.pending.is_empty() {
+                let Poll::Ready(room) = poll_room(cx, to, self.pending.len()) else {
+                    return progress(moved);
+                };
+                let piece = self.pending.split_to(room.ok_or(Broken)?);
+                to.send_data(piece, false).map_err(|_| Broken)?;
+                moved = true;
+            }
+            if self.ended {
+                return self.end(to);
+            }
+            if self.poll_receive(cx, from)?.is_pending() {
+                return progress(moved);
+            }
+        }
+    }
+
+    fn end(&mut self, to: &mut SendStream<Bytes>) -> Poll<Result<(), Broken>> {
+        self.shut = true;
+        Poll::Ready(to.send_data(Bytes::new(), true).map_err(|_| Broken))
+    }
+}
+
+fn progress(moved: bool) -> Poll<Result<(), Broken>> {
+    if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
+}
