@@ -377,6 +377,7 @@ impl LimitArgs {
             idle_upstream: self.max_idle_upstream,
             tries: self.max_tries,
             h2_streams: self.max_streams,
+            ..Limits::default()
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What stays fixed for the life of the process.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -43,6 +44,9 @@ pub struct Config {
     pub outliers: Outliers,
     /// How TCP and UDP ports are relayed.
     pub l4: L4Options,
+    /// Where this process runs (`topology.kubernetes.io/zone` of its node).
+    /// `None`: no zone is preferred.
+    pub zone: Option<Arc<str>>,
 }
 
 impl Default for Config {
@@ -63,6 +67,7 @@ impl Default for Config {
             breaker: Breaker::default(),
             outliers: Outliers::default(),
             l4: L4Options::default(),
+            zone: None,
         }
     }
 }

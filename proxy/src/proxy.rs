@@ -110,8 +110,12 @@ impl Proxy {
     pub fn bind(config: Config, inherited: &Inheritance) -> Result<(Proxy, Publisher), StartError> {
         let config = Arc::new(Config { workers: config.workers.max(1), ..config });
         let metrics = Metrics::new(config.workers);
-        let live =
-            Arc::new(Live { endpoints: Endpoints::default(), metrics, listeners: ListenerStates::default() });
+        let live = Arc::new(Live {
+            endpoints: Endpoints::default(),
+            metrics,
+            listeners: ListenerStates::default(),
+            zone: config.zone.clone(),
+        });
         let (publisher, routes) = routes(live.clone());
         let default = Arc::new(Certificate::self_signed(&["lockgate.invalid"])?);
         let tickets = Arc::new(TicketKeys::new(&inherited.tickets)?);

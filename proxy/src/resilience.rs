@@ -146,6 +146,8 @@ impl Serialize for RetryOn {
 /// When a second copy of a request is sent: one without a body and of a method
 /// that may be sent twice, once, to another endpoint, inside the retry budget.
 /// The first answer wins; the other copy is cancelled and held against nobody.
+/// Both share the first's [`Resilience::try_timeout`]. For endpoints that speak
+/// HTTP/1; those that speak HTTP/2 are asked once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Hedge {

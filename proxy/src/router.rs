@@ -42,6 +42,8 @@ pub struct Live {
     pub metrics: Metrics,
     /// Which L4 listeners are open, and why others are not.
     pub listeners: ListenerStates,
+    /// Where this process runs, if that is known (`topology.kubernetes.io/zone`).
+    pub zone: Option<Arc<str>>,
 }
 
 /// One generation of hosts, rules, endpoints and certificates. A request that

@@ -18,6 +18,12 @@ use crate::certificate::Certificate;
 use crate::proxy_protocol;
 use crate::resilience::Resilience;
 
+mod steering;
+
+pub use steering::{
+    Affinity, HashBy, HealthCheck, KeyPart, NamingKey, Probe, SameSite, Session, Steering, Variable,
+};
+
 /// Everything the proxy should serve. Made by the controller, compiled by
 /// [`crate::Router`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -168,6 +174,9 @@ pub struct Backend {
     /// The canary this backend is, by object name; empty for the primary.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub canary: Arc<str>,
+    /// What of a request names its endpoint; `None`: [`Pool::balance`] chooses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steering: Option<Arc<Steering>>,
 }
 
 /// A request property that decides before the weights do.
@@ -303,6 +312,21 @@ pub struct Pool {
     pub balance: Balance,
     /// Those that may receive new requests, sorted by address, each once.
     pub endpoints: Vec<Endpoint>,
+    /// Set if some backend has [`Backend::steering`]: what session cookies
+    /// name endpoints with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seating: Option<NamingKey>,
+    /// Endpoints of the proxy's own zone first, as long as they are not too
+    /// few for their zone's part of the requests.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub prefer_zone: bool,
+    /// A new or recovered endpoint comes to its full share over this time,
+    /// from a tenth of it. `None`: at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slow_start: Option<Duration>,
+    /// How its endpoints are probed. `None`: they are not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub check: Option<Arc<HealthCheck>>,
 }
 
 /// What an endpoint speaks.
@@ -333,6 +357,13 @@ pub enum Balance {
     RoundRobin,
     /// The less loaded of two taken at random (requests in flight over weight).
     LeastRequest,
+    /// The better of two taken at random: latency, as a decaying average that
+    /// follows peaks at once, times requests in flight over weight
+    /// (ingress-nginx's `ewma`, with a decay of 10 s).
+    Ewma,
+    /// The least loaded of all (in flight over weight): for pools that carry
+    /// few, long connections, as TCP does. Costs a look at every endpoint.
+    LeastConnections,
 }
 
 /// One address that serves.

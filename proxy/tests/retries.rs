@@ -1,6 +1,8 @@
 //! What is tried again, on which endpoint, how often, and on whose account.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+#[path = "support/peers.rs"]
+mod peers;
 #[path = "support/script.rs"]
 mod script;
 #[path = "support/toy.rs"]
@@ -50,7 +52,9 @@ fn each_word_stands_for_its_failure() {
         for retried in ["error", "timeout", "invalid_header", "http_500", "http_503", "http_404", "off"] {
             let good = Script::says("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
             let mut config = steady();
-            config.timeouts.read = Duration::from_millis(100);
+            if *word == "timeout" {
+                config.timeouts.read = Duration::from_millis(500);
+            }
             let (proxy, _publisher) = start(config, ruled(&[bad, &good], retrying(retried)));
             let mut client = wire::plain(proxy.http_addrs()[0]);
             // In turn: one of two requests meets the bad one first.
@@ -226,4 +230,54 @@ fn an_interim_answer_and_then_another_endpoint() {
     }
     heads.sort_unstable();
     assert_eq!(heads, [103, 200, 200]);
+}
+
+/// The same rules hold for endpoints that speak HTTP/2, and for clients that do.
+#[tokio::test(flavor = "multi_thread")]
+async fn over_http2() {
+    use http::{Method, Response, StatusCode};
+    use http_body_util::BodyExt as _;
+    use lockgate_proxy::table::UpstreamProtocol::{H2c, Http1};
+    use peers::{Client, Comes, empty, endpoint, full, pattern};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    for speaks in [H2c, Http1] {
+        let busy = Arc::new(AtomicUsize::new(0));
+        let count = busy.clone();
+        let bad = endpoint(speaks, move |request| {
+            count.fetch_add(1, SeqCst);
+            async move {
+                // Takes the body first, so that all of it has to come again.
+                let _ = request.into_body().collect().await;
+                Response::builder().status(503).body(full("busy")).unwrap()
+            }
+        })
+        .await;
+        let good = endpoint(speaks, |request| async move {
+            let length = request.into_body().collect().await.unwrap().to_bytes().len();
+            Response::new(full(length.to_string()))
+        })
+        .await;
+        let all = [&Script::at(bad), &Script::at(good)];
+        let (proxy, _publisher) =
+            start(steady(), script::ruled_over(&all, retrying("error http_503 non_idempotent"), speaks));
+        for comes in [Comes::Http1, Comes::H2c] {
+            let mut client = Client::connect(&proxy, comes).await;
+            for length in [0, 3, 20_000, 60_000] {
+                for _ in 0..2 {
+                    let answer = client.ask(Method::POST, "/", full(pattern(0, length))).await;
+                    assert_eq!(
+                        (answer.status, answer.text()),
+                        (StatusCode::OK, &*length.to_string()),
+                        "{comes:?}"
+                    );
+                }
+                assert_eq!(client.ask(Method::GET, "/", empty()).await.text(), "0");
+            }
+        }
+        assert!(busy.load(SeqCst) >= 8, "{speaks:?}");
+        let retries = metric(&proxy, "lockgate_retries_total");
+        assert_eq!(retries, busy.load(SeqCst) as u64, "{speaks:?}");
+    }
 }

@@ -180,6 +180,7 @@ fn pool(id: &PoolId, port: &ServicePort, selected: &Selected, balance: Balance) 
         protocol: id.protocol.unwrap_or_else(|| upstream_protocol(spoken.map(|text| &**text))),
         balance,
         endpoints: selected.endpoints.iter().map(endpoint).collect(),
+        ..Pool::default()
     }
 }
 

@@ -9,9 +9,7 @@ use tokio::time::Instant;
 
 use crate::metrics::{Limit, Outlier, Reject};
 use crate::resilience::{Breaker, MAX_TRIES, Resilience, RetryOn, outliers};
-use crate::router::Router;
 use crate::upstream::{InFlight, Upstream};
-use crate::worker::Worker;
 
 use super::Forward;
 use super::exchange::{Failure, Order};
@@ -88,17 +86,6 @@ impl Ends {
 }
 
 impl<'r> Order<'r> {
-    /// An order for a request that began at `started`.
-    pub(crate) fn new(
-        worker: &'r Worker,
-        router: &'r Router,
-        forward: Forward<'r>,
-        started: Instant,
-    ) -> Order<'r> {
-        let ends = Ends::of(&forward, started);
-        Order { worker, router, forward, idempotent: false, is_head: false, bodiless: false, ends }
-    }
-
     pub(crate) fn resilience(&self) -> Option<&'r Resilience> {
         self.forward.rule.limits.resilience.as_deref()
     }
@@ -331,7 +318,7 @@ impl<'r> Order<'r> {
 
     /// An endpoint answered: what does that say about it?
     pub(crate) fn answered(&self, upstream: &Upstream, status: u16, record: &Record, since: Option<Instant>) {
-        upstream.live.succeeded();
+        self.remember(upstream);
         let outliers = &self.worker.config.outliers;
         if outliers.gateway_errors > 0
             && upstream.live.gateway_error(matches!(status, 502..=504), outliers.gateway_errors)

@@ -1,6 +1,7 @@
 //! One request to one HTTP/1 endpoint, and to the next one if that fails before
 //! anything irrevocable has happened. The client's side is a [`Source`].
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
@@ -8,6 +9,7 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::HeaderMap;
+use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::buffer::{Buffer, Output};
@@ -145,6 +147,31 @@ pub(crate) struct Order<'r> {
     /// It has no body, not even an empty one.
     pub(crate) bodiless: bool,
     pub(crate) ends: Ends,
+    answered: Answered,
+}
+
+/// What is remembered of the endpoint that was asked, and of the one that answered.
+#[derive(Default)]
+struct Answered {
+    /// Where it matters how long an answer takes: who was asked last, by id, and when.
+    asked: Cell<Option<(u64, Instant)>>,
+    /// By id; 0 before the answer.
+    by: Cell<u64>,
+}
+
+impl<'r> Order<'r> {
+    /// An order for a request that began at `started`.
+    pub(crate) fn new(
+        worker: &'r Worker,
+        router: &'r Router,
+        forward: Forward<'r>,
+        idempotent: bool,
+        is_head: bool,
+        started: Instant,
+    ) -> Order<'r> {
+        let (ends, answered) = (Ends::of(&forward, started), Answered::default());
+        Order { worker, router, forward, idempotent, is_head, bodiless: false, ends, answered }
+    }
 }
 
 impl Order<'_> {
@@ -160,8 +187,29 @@ impl Order<'_> {
     pub(crate) fn pick(&self, tried: &[u64]) -> Option<Rc<Upstream>> {
         let pool = self.router.pool(self.forward.split.backends[self.forward.choice.backend].pool);
         let turns = if tried.is_empty() { &self.worker.turns } else { &self.worker.again };
-        let endpoint = pool.pick(turns, clock::now_ms(), tried)?;
+        let endpoint = pool.pick_for(&self.forward.steer, turns, clock::now_ms(), tried)?;
+        if pool.measures() {
+            self.answered.asked.set(Some((endpoint.live.id, Instant::now())));
+        }
         Some(self.worker.upstreams.of(&endpoint.live))
+    }
+
+    /// The head of an endpoint's answer is here.
+    pub(crate) fn remember(&self, upstream: &Upstream) {
+        upstream.live.succeeded();
+        self.answered.by.set(upstream.live.id);
+        if let Some((id, at)) = self.answered.asked.get()
+            && id == upstream.live.id
+        {
+            upstream.live.latency().record(clock::now_ms(), at.elapsed().as_micros() as u64);
+        }
+    }
+
+    /// Header lines to add to the answer.
+    pub(crate) fn cookie_lines(&self) -> SmallVec<[u8; 256]> {
+        let Forward { rule, split, choice, steer } = &self.forward;
+        let (served, turns) = (self.answered.by.get(), &self.worker.turns);
+        split.cookie_lines(*choice, steer, &rule.path, served, self.router, turns)
     }
 
     pub(crate) fn connect_deadline(&self) -> Instant {

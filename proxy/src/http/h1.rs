@@ -209,7 +209,13 @@ impl Http1 {
         let forwarded = self.client.forwarded(|| forward::claims(&head));
         let view = Http1View { head: &head, client: forwarded.address };
         let https = forwarded.is_https(&self.client);
-        let asked = Asked { authority: head.host, path: head.path(), https };
+        let asked = Asked {
+            authority: head.host,
+            method: head.method,
+            target: head.target,
+            path: head.path(),
+            https,
+        };
         let mut verdict = decide(worker, router, &self.client, &asked, &view)?;
         self.held = limit::admit(worker, &mut verdict, forwarded.address);
         let id = RequestId::new(head.first(Field::XRequestId), &mut worker.random.borrow_mut());
@@ -274,8 +280,8 @@ impl Http1 {
             }
             Verdict::Forward(forward) => {
                 let worker = self.worker.clone();
-                let mut order = Order::new(&worker, router, *forward, started);
-                (order.idempotent, order.is_head) = (plan.idempotent, plan.shape.is_head);
+                let (idempotent, is_head) = (plan.idempotent, plan.shape.is_head);
+                let mut order = Order::new(&worker, router, *forward, idempotent, is_head, started);
                 order.bodiless = plan.shape.framing == Framing::None;
                 match plan.request.take() {
                     None => self.forward(&order, &plan, &mut out, &mut record).await,

@@ -87,7 +87,8 @@ impl<'a> Patch<'a> {
             weight: endpoint.weight.max(1),
             zone: endpoint.zone.clone(),
         });
-        let pool = CompiledPool::new(slot, pool.protocol, pool.balance, endpoints.collect());
+        let own = self.live.zone.as_deref();
+        let pool = CompiledPool::compile(slot, pool, endpoints.collect(), own);
         self.router.pools.set(pool);
     }
 
@@ -167,6 +168,7 @@ impl<'a> Patch<'a> {
             pool: self.acquire(&backend.pool),
             canary: backend.canary.clone(),
             stats: self.live.metrics.route(&rule.origin, &backend.pool, &backend.canary),
+            steering: backend.steering.clone(),
         });
         let backends = backends.collect();
         let turn = CompiledSplit::needs_turn(split).then(|| turn.unwrap_or_else(|| self.router.turns.take()));

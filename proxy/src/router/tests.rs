@@ -35,6 +35,7 @@ fn split(weights: &[(usize, u32)]) -> Split {
         pool: key(*pool),
         weight: *weight,
         canary: format!("c{pool}").into(),
+        steering: None,
     });
     Split { backends: backends.collect(), overrides: Vec::new(), sticky: None }
 }

@@ -61,7 +61,7 @@ pub fn pool(transport: Transport, endpoints: &[SocketAddr]) -> Pool {
     let endpoint = |&address| Endpoint { address, weight: 1, zone: None };
     let mut endpoints: Vec<_> = endpoints.iter().map(endpoint).collect();
     endpoints.sort();
-    Pool { protocol, balance: Balance::RoundRobin, endpoints }
+    Pool { protocol, balance: Balance::RoundRobin, endpoints, ..Pool::default() }
 }
 
 /// One port on 127.0.0.1 that goes to `endpoints`.

@@ -271,7 +271,7 @@ fn reply(
         return Err(BadResponse("endpoint switched protocols unasked"));
     }
     let delivery = delivery(order, plan.shape, head.framing, source.is_done());
-    let extra = order.forward.split.bucket_line(order.forward.choice);
+    let extra = order.cookie_lines();
     out.clear();
     write_response(out, &head, delivery, &extra);
     let reply =

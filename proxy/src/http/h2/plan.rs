@@ -59,7 +59,13 @@ pub(super) fn plan<'r>(
     let forwarded = client.forwarded(|| map::claims(request.headers()));
     let view = map::MapView { headers: request.headers(), client: forwarded.address };
     let https = forwarded.is_https(client);
-    let asked = Asked { authority: &authority, path: request.uri().path().as_bytes(), https };
+    let asked = Asked {
+        authority: &authority,
+        method: request.method().as_str().as_bytes(),
+        target: target.as_bytes(),
+        path: request.uri().path().as_bytes(),
+        https,
+    };
     let mut verdict = decide(worker, router, client, &asked, &view)?;
     let held = limit::admit(worker, &mut verdict, forwarded.address);
     let sent = request.headers().get("x-request-id").map(HeaderValue::as_bytes);

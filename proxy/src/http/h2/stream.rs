@@ -107,11 +107,11 @@ impl Stream<'_> {
             Verdict::Forward(forward) => *forward,
         };
         let worker = &*self.shared.worker;
-        let framing = framing(request, &body);
-        let mut order = Order::new(worker, router, forward, self.record.started);
         // Of a tunnel nothing has been sent before it stands.
-        order.idempotent = plan.websocket.is_some() || is_idempotent(request.method().as_str().as_bytes());
-        order.is_head = self.is_head;
+        let idempotent = plan.websocket.is_some() || is_idempotent(request.method().as_str().as_bytes());
+        let started = self.record.started;
+        let mut order = Order::new(worker, router, forward, idempotent, self.is_head, started);
+        let framing = framing(request, &body);
         order.bodiless = framing == Framing::None && plan.websocket.is_none();
         self.ends = order.ends.next.get();
         let limit = order.body_limit();
@@ -374,7 +374,7 @@ impl Stream<'_> {
     ) -> Result<(), Failure> {
         let status = parts.status.as_u16();
         (self.record.status, self.record.upstream_status) = (status, status);
-        let bucket = order.forward.split.bucket_line(order.forward.choice);
+        let bucket = order.cookie_lines();
         parts.headers.extend(chunked::header_map(&bucket).unwrap_or_default());
         parts.version = http::Version::HTTP_2;
         self.send_head(Response::from_parts(parts, ()), end)
@@ -490,7 +490,7 @@ fn response_of(order: &Order<'_>, answer: &mut Buffer) -> Result<(Response<()>, 
     if head.framing == Framing::Chunked || head.framing == Framing::Close {
         headers.remove(header::CONTENT_LENGTH);
     }
-    let bucket = order.forward.split.bucket_line(order.forward.choice);
+    let bucket = order.cookie_lines();
     headers.extend(chunked::header_map(&bucket).unwrap_or_default());
     let (framing, reusable, length) = (head.framing, head.keep_alive, head.length);
     drop(head);
