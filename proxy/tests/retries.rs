@@ -159,6 +159,8 @@ fn retries_stay_within_their_budget() {
         assert!(retries <= n / 5, "{retries} retries in {n} requests");
         assert_eq!(endpoints.iter().map(Script::asked).sum::<usize>() as u64, n + retries);
     }
+    // Answers that nobody wanted cost no connection.
+    assert_eq!(metric(&proxy, "lockgate_upstream_connections_total{result=\"opened\"}"), 4);
     assert_eq!(metric(&proxy, "lockgate_retries_total"), 40);
     assert!(metric(&proxy, "lockgate_retry_budget_exhausted_total") >= 160);
 }

@@ -144,7 +144,7 @@ pub(crate) struct Order<'r> {
     pub(crate) forward: Forward<'r>,
     pub(crate) idempotent: bool,
     pub(crate) is_head: bool,
-    /// It has no body, not even an empty one.
+    /// It has no body, not even an empty one, and wants no tunnel.
     pub(crate) bodiless: bool,
     pub(crate) ends: Ends,
     answered: Answered,
@@ -257,7 +257,10 @@ impl Order<'_> {
                     self.answered(&upstream, status, record, course.since);
                     match self.instead(&mut course, &upstream, status, source.is_repeatable(), record) {
                         None => return Ok((upstream, peer)),
-                        Some(next) => next,
+                        Some(next) => {
+                            self.turn_down(source, &upstream, peer, answer);
+                            next
+                        }
                     }
                 }
                 Err(lost) => {
@@ -267,6 +270,23 @@ impl Order<'_> {
             };
             answer.clear();
             source.rewind();
+        }
+    }
+
+    /// The answer that has begun in `answer` is not wanted; if it is all there, its connection is as good as before.
+    fn turn_down<S: Source>(&self, source: &S, upstream: &Upstream, peer: Peer, answer: &Buffer) {
+        let mut room = HeaderRoom::new();
+        let Ok(Some(head)) = ResponseHead::parse(answer.filled(), &mut room, self.is_head) else { return };
+        let body = match head.framing {
+            Framing::None => 0,
+            Framing::Length(n) => n,
+            Framing::Chunked | Framing::Close => return,
+        };
+        if source.is_done()
+            && head.keep_alive
+            && (head.length as u64).checked_add(body) == Some(answer.len() as u64)
+        {
+            self.worker.upstreams.keep(upstream, peer, clock::now_ms());
         }
     }
 
