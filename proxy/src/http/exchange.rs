@@ -28,7 +28,7 @@ use super::record::Record;
 use super::response::{BadResponse, ResponseHead};
 
 /// Room for a response head; endpoints are trusted to stay below it.
-const RESPONSE_HEAD_BYTES: usize = 64 << 10;
+pub(crate) const RESPONSE_HEAD_BYTES: usize = 64 << 10;
 
 /// The client's side of an exchange: where the request body comes from.
 pub(crate) trait Source {
@@ -304,7 +304,8 @@ impl Order<'_> {
     ) -> Result<(Peer, u16), Lost> {
         self.begin_try();
         if let Some(delay) = self.hedge_delay(course) {
-            return self.hedged(timer, source, head, answer, record, course, upstream, busy, delay).await;
+            let hedged = self.hedged(timer, source, head, answer, record, course, upstream, busy, delay);
+            return Box::pin(hedged).await;
         }
         let (mut peer, reused) = self.connected(timer, upstream, course.fresh_only).await?;
         let since_start = reused && course.is_first();
@@ -350,7 +351,8 @@ impl Order<'_> {
         if !fresh_only && let Some(peer) = self.worker.upstreams.checkout(upstream) {
             return Ok((peer, true));
         }
-        let connecting = self.worker.upstreams.connect(upstream, self.breaker());
+        // Boxed, as everything rare: a connection's task is as large as its largest state.
+        let connecting = Box::pin(self.worker.upstreams.connect(upstream, self.breaker()));
         let failure = match timer.within(self.connect_deadline(), connecting).await {
             Ok(Ok(peer)) => return Ok((peer, false)),
             Ok(Err(NoConnection::Full(limit))) => return Err(Lost::Full(limit)),

@@ -137,7 +137,7 @@ impl Order<'_> {
         upstream: &Rc<Upstream>,
         busy: InFlight,
     ) -> Result<Lease, Lost> {
-        let leasing = self.worker.upstreams.lease(upstream, self.breaker(), busy);
+        let leasing = Box::pin(self.worker.upstreams.lease(upstream, self.breaker(), busy));
         let (failure, counts) = match timer.within(self.connect_deadline(), leasing).await {
             Ok(Ok(lease)) => return Ok(lease),
             Ok(Err(NotConnected::Full(limit))) => return Err(Lost::Full(limit)),

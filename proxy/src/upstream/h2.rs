@@ -14,6 +14,7 @@ use socket2::SockRef;
 use tokio::sync::Notify;
 
 use crate::clock;
+use crate::http::exchange::RESPONSE_HEAD_BYTES;
 use crate::metrics::Limit;
 use crate::resilience::Breaker;
 
@@ -251,6 +252,7 @@ impl Upstreams {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .initial_max_send_streams(upstream.h2.allowed.get())
             .max_send_buffer_size(64 << 10)
+            .max_header_list_size(RESPONSE_HEAD_BYTES as u32)
             .enable_push(false)
             .handshake::<_, Bytes>(conn)
             .await
