@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use lockgate_proxy::resilience::{Breaker, Hedge, Resilience};
 use lockgate_proxy::table::{
     Action, ClientLimits, Host, HostPattern, PathMatch, Rule, RuleLimits, Split, When,
 };
@@ -377,6 +378,7 @@ impl Answer<'_> {
         .into_iter()
         .flatten()
         .chain(limits.per_client.iter().flat_map(|limits| per_client(limits)))
+        .chain(limits.resilience.iter().flat_map(|own| resilience(own)))
         .collect();
         if !own.is_empty() {
             self.step("limits", Tone::Plain, &own.join(", "));
@@ -393,6 +395,30 @@ fn per_client(limits: &ClientLimits) -> Vec<String> {
     });
     let exempt = (!limits.exempt.is_empty()).then(|| count(limits.exempt.len(), "network") + " exempt");
     requests.into_iter().chain(rates).chain(exempt).collect()
+}
+
+/// What a rule says about endpoints that fail, are slow or have enough to do.
+fn resilience(own: &Resilience) -> Vec<String> {
+    let timeout =
+        |name: &str, limit: Option<std::time::Duration>| limit.map(|limit| format!("{name} {limit:?}"));
+    let hedge = own.hedge.map(|hedge| match hedge {
+        Hedge::After(delay) => format!("sent twice after {delay:?}"),
+        Hedge::P95 => "sent twice after its p95".to_owned(),
+    });
+    let breaker = own.breaker.map(|limits| {
+        let Breaker { connections, pending, requests } = limits;
+        format!("each endpoint {connections} connections, {pending} pending, {requests} requests (0: any)")
+    });
+    let all = [
+        timeout("request", own.request_timeout),
+        timeout("try", own.try_timeout),
+        own.retry_on.map(|on| format!("retries on {on}")),
+        own.tries.map(|tries| format!("{tries} tries")),
+        timeout("tries within", own.retry_within),
+        hedge,
+        breaker,
+    ];
+    all.into_iter().flatten().collect()
 }
 
 /// `not_after` in seconds since 1970.

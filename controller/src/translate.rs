@@ -20,6 +20,7 @@ mod host;
 mod ingresses;
 mod plan;
 mod pools;
+mod resilience;
 mod settings;
 mod status;
 mod streams;

@@ -5,14 +5,17 @@
 
 use std::sync::Arc;
 
+use super::resilience;
 use crate::objects::{Labels, Notice};
 
 pub(super) const PREFIX: &str = "nginx.ingress.kubernetes.io/";
 pub(super) const STICKY: &str = "lockgate.io/canary-sticky";
 pub(super) const PASSTHROUGH_HEADER: &str = "lockgate.io/ssl-passthrough-proxy-protocol";
 
-/// Those of our own.
-const OWN: [&str; 2] = [STICKY, PASSTHROUGH_HEADER];
+/// The annotations of our own; a name that is none of them is reported.
+fn own() -> impl Iterator<Item = &'static str> {
+    [STICKY, PASSTHROUGH_HEADER].into_iter().chain(resilience::KEYS)
+}
 
 /// What an annotation means here.
 #[derive(Clone, Copy, Debug)]
@@ -156,9 +159,9 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("proxy-cookie-path",                        NotYet("off")),
     ("proxy-http-version",                       NotYet("1.1")),
     ("proxy-max-temp-file-size",                 NoEffect(NGINX_FILES)),
-    ("proxy-next-upstream",                      NotYet("error timeout")),
-    ("proxy-next-upstream-timeout",              NotYet("0")),
-    ("proxy-next-upstream-tries",                NotYet("3")),
+    ("proxy-next-upstream",                      Served),
+    ("proxy-next-upstream-timeout",              Served),
+    ("proxy-next-upstream-tries",                Served),
     ("proxy-read-timeout",                       Served),
     ("proxy-redirect-from",                      NotYet("off")),
     ("proxy-redirect-to",                        NotYet("off")),
@@ -224,9 +227,10 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
     let mut closed: Option<Closed> = None;
     for (key, value) in annotations {
         let Some(name) = key.strip_prefix(PREFIX) else {
-            if key.starts_with("lockgate.io/") && !OWN.contains(&&**key) {
-                let nearest = OWN.into_iter().min_by_key(|own| edits(key.get(..64).unwrap_or(key), own));
-                notices.push(unknown(key, nearest.unwrap_or_default().to_owned()));
+            if key.starts_with("lockgate.io/") && !own().any(|own| own == &**key) {
+                notices.push(unknown(key, nearest_of(own(), key).unwrap_or_default().to_owned()));
+            } else if canary && resilience::KEYS.contains(&&**key) {
+                notices.push(Notice::info(field(key), ON_CANARY));
             }
             continue;
         };
@@ -302,12 +306,14 @@ fn not_yet(field: String, name: &str) -> Notice {
     Notice::warning(field, format!("{name} is not implemented yet: served without it"), "")
 }
 
+const ON_CANARY: &str = "ignored on a canary: the mainline's annotations apply, as in ingress-nginx";
+
 fn ignored_on_canary(key: &str, value: &str, meaning: &Meaning) -> Notice {
     if restricts(meaning, value) {
         let message = "not enforced on a canary: the mainline's annotations apply, as in ingress-nginx";
         return Notice::warning(field(key), message, "put it on the mainline Ingress");
     }
-    Notice::info(field(key), "ignored on a canary: the mainline's annotations apply, as in ingress-nginx")
+    Notice::info(field(key), ON_CANARY)
 }
 
 fn unknown(key: &str, nearest: String) -> Notice {
@@ -359,11 +365,15 @@ fn is_harmless(snippet: &str) -> bool {
 
 /// The known key that `name` most likely is a misspelling of.
 fn nearest(name: &str) -> Option<&'static str> {
+    nearest_of(KNOWN.iter().map(|(known, _)| *known), name)
+}
+
+fn nearest_of(known: impl Iterator<Item = &'static str>, name: &str) -> Option<&'static str> {
     // Long enough for every known key; also bounds the work a hostile key can cause.
     if name.len() > 64 {
         return None;
     }
-    let (distance, known) = KNOWN.iter().map(|(known, _)| (edits(name, known), *known)).min()?;
+    let (distance, known) = known.map(|known| (edits(name, known), known)).min()?;
     (distance <= 3 && distance * 3 < name.len()).then_some(known)
 }
 

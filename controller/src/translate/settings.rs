@@ -7,6 +7,7 @@ use lockgate_proxy::proxy_protocol::Version;
 use lockgate_proxy::table::{Balance, RuleLimits, Sticky, UpstreamProtocol, When};
 
 use super::annotations::{PASSTHROUGH_HEADER, PREFIX, STICKY, field};
+use super::resilience::resilience;
 use crate::objects::{Labels, Notice};
 
 mod per_client;
@@ -63,6 +64,7 @@ pub(super) fn settings(annotations: &Labels, notices: &mut Vec<Notice>) -> Setti
             read_timeout: reader.seconds("proxy-read-timeout"),
             max_body: reader.size("proxy-body-size"),
             per_client: reader.per_client(),
+            resilience: resilience(reader.annotations, reader.notices),
         },
         protocol: reader.protocol(),
         balance,

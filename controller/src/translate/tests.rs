@@ -22,7 +22,7 @@ const HOSTS: [&str; 6] = ["a.x", "b.x", "*.x", "", "A.x:80", "10.0.0.1"];
 const PATHS: [&str; 6] = ["/", "/a", "/a/", "/a/b", "", "a"];
 const TYPES: [&str; 4] = ["Prefix", "Exact", "ImplementationSpecific", "prefix"];
 const NAMES: [&str; 5] = ["one", "two", "three", "four", "five"];
-const ANNOTATIONS: [(&str, &str); 16] = [
+const ANNOTATIONS: [(&str, &str); 19] = [
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary-weight", "30"),
@@ -38,6 +38,9 @@ const ANNOTATIONS: [(&str, &str); 16] = [
     ("nginx.ingress.kubernetes.io/ssl-passthrough", "true"),
     ("nginx.ingress.kubernetes.io/rewrite-target", "/"),
     ("lockgate.io/canary-sticky", "cookie"),
+    ("lockgate.io/request-timeout", "30s"),
+    ("lockgate.io/endpoint-max-requests", "many"),
+    ("nginx.ingress.kubernetes.io/proxy-next-upstream", "error http_503"),
     ("kubernetes.io/ingress.class", "other"),
 ];
 

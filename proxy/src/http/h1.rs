@@ -296,7 +296,8 @@ impl Http1 {
             Verdict::Forward(forward) => {
                 let worker = self.worker.clone();
                 let (idempotent, is_head) = (plan.idempotent, plan.shape.is_head);
-                let order = Order::new(&worker, router, *forward, idempotent, is_head);
+                let mut order = Order::new(&worker, router, *forward, idempotent, is_head, started);
+                order.bodiless = plan.shape.framing == Framing::None && plan.upgrade.is_empty();
                 match plan.request.take() {
                     None => self.forward(&order, plan, out, &mut record).await,
                     Some(request) => {

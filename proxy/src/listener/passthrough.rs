@@ -18,7 +18,7 @@ use crate::conn::Conn;
 use crate::http::tunnel;
 use crate::proxy_protocol::{self, Version};
 use crate::timer::Timer;
-use crate::upstream::{Peer, Upstream};
+use crate::upstream::{InFlight, Peer, Upstream};
 use crate::worker::Worker;
 
 /// The name in the ClientHello, if it is one that is passed through. `None`:
@@ -68,7 +68,7 @@ async fn reach(worker: &Worker, name: &str) -> Option<(Peer, Option<Version>)> {
         match timeout(patience, worker.upstreams.connect_tcp(&upstream)).await {
             Ok(Ok(mut peer)) => {
                 upstream.live.succeeded();
-                peer.occupy(&upstream);
+                peer.occupy(InFlight::new(upstream.clone()));
                 return Some((peer, version));
             }
             failed => {
