@@ -92,7 +92,7 @@ fn one_change(criterion: &mut Criterion) {
 fn cold(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("cold");
     group.sample_size(10);
-    for count in [1_000, 10_000] {
+    for count in [1_000, 10_000, 100_000] {
         let store = store(count);
         group.bench_function(BenchmarkId::from_parameter(count), |bencher| {
             bencher.iter_batched(

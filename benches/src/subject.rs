@@ -87,6 +87,8 @@ pub(crate) struct Task {
     pub(crate) apart: bool,
     /// A line per request.
     pub(crate) log: bool,
+    /// Much goes one way, for which some have to be told.
+    pub(crate) bulk: bool,
     /// Not bound to a CPU.
     pub(crate) loose: bool,
     /// Further arguments, for Lockgate.
@@ -96,7 +98,7 @@ pub(crate) struct Task {
 impl Task {
     /// One host, one CPU, no log.
     pub(crate) fn new(front: Front) -> Task {
-        Task { front, hosts: 1, apart: false, log: false, loose: false, arguments: Vec::new() }
+        Task { front, hosts: 1, apart: false, log: false, bulk: false, loose: false, arguments: Vec::new() }
     }
 }
 
