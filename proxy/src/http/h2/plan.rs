@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, header};
 use smallvec::SmallVec;
 
 use crate::buffer::Output;
-use crate::http::client::{Client, Forwarded};
+use crate::http::client::{Claims, Client, Forwarded};
 use crate::http::forward::{RequestId, put, write_framing};
 use crate::http::head::{Framing, Reject, is_authority};
 use crate::http::{Asked, Verdict, decide, map, write_https_location};
@@ -17,8 +17,8 @@ use super::Http2;
 use super::websocket::{self, Key};
 
 /// What is sent upstream, settled before a byte moves.
-pub(super) struct Plan {
-    pub(super) authority: Bytes,
+pub(super) struct Plan<'q> {
+    pub(super) authority: &'q [u8],
     pub(super) id: RequestId,
     /// Extra fields of an answer of our own.
     pub(super) location: Option<HeaderValue>,
@@ -31,12 +31,12 @@ pub(super) struct Plan {
 }
 
 /// Decides, and prepares what is sent upstream.
-pub(super) fn plan<'r>(
+pub(super) fn plan<'r, 'q>(
     shared: &Http2,
     router: &'r Router,
-    request: &Request<()>,
+    request: &'q Request<()>,
     body: &RecvStream,
-) -> Result<(Verdict<'r>, Plan), Reject> {
+) -> Result<(Verdict<'r>, Plan<'q>), Reject> {
     let Http2 { worker, client, .. } = shared;
     let authority = authority(request)?;
     let target = target(request);
@@ -49,10 +49,12 @@ pub(super) fn plan<'r>(
         return Err(Reject { status: 431, reason: "too many header fields" });
     }
     let websocket = websocket::is_wanted(request)?;
-    let forwarded = client.forwarded(&map::claims(request.headers()));
+    // Nobody else is believed, so nobody else is asked.
+    let claims = if client.trusted { map::claims(request.headers()) } else { Claims::default() };
+    let forwarded = client.forwarded(&claims);
     let view = map::MapView { headers: request.headers(), client: forwarded.address };
     let https = forwarded.is_https(client);
-    let asked = Asked { authority: &authority, path: request.uri().path().as_bytes(), https };
+    let asked = Asked { authority, path: request.uri().path().as_bytes(), https };
     let verdict = decide(worker, router, client, &asked, &view)?;
     let sent = request.headers().get("x-request-id").map(HeaderValue::as_bytes);
     let id = RequestId::new(sent, &mut worker.random.borrow_mut());
@@ -61,7 +63,7 @@ pub(super) fn plan<'r>(
     match &verdict {
         Verdict::Answer(answer) if answer.to_https => {
             let mut location = Vec::new();
-            write_https_location(&mut location, worker, &plan.authority, target.as_bytes());
+            write_https_location(&mut location, worker, plan.authority, target.as_bytes());
             plan.location = HeaderValue::from_maybe_shared(Bytes::from(location)).ok();
         }
         Verdict::Answer(_) => {}
@@ -82,9 +84,9 @@ pub(super) fn plan<'r>(
                     if plan.websocket.is_some() {
                         websocket::remove_handshake(headers);
                     }
-                    map::add_forwarded(headers, client, &forwarded, &plan.authority, &plan.id);
+                    map::add_forwarded(headers, client, &forwarded, plan.authority, &plan.id);
                     plan.request =
-                        Some(with_authority(upstream, map::scheme(pool.protocol), &plan.authority)?);
+                        Some(with_authority(upstream, map::scheme(pool.protocol), plan.authority)?);
                 }
             }
         }
@@ -93,7 +95,7 @@ pub(super) fn plan<'r>(
 }
 
 /// `:authority`, or Host in its place; both must say the same (RFC 9113 section 8.3.1).
-fn authority(request: &Request<()>) -> Result<Bytes, Reject> {
+fn authority(request: &Request<()>) -> Result<&[u8], Reject> {
     let host = request.headers().get(header::HOST).map(HeaderValue::as_bytes);
     let named = request.uri().authority().map(|a| a.as_str().as_bytes());
     let authority = match (named, host) {
@@ -108,7 +110,7 @@ fn authority(request: &Request<()>) -> Result<Bytes, Reject> {
         return Err(Reject { status: 400, reason: "duplicate Host" });
     }
     match is_authority(authority) {
-        true => Ok(Bytes::copy_from_slice(authority)),
+        true => Ok(authority),
         false => Err(Reject { status: 400, reason: "malformed :authority" }),
     }
 }
@@ -123,7 +125,7 @@ fn with_authority(mut request: Request<()>, scheme: &str, authority: &[u8]) -> R
 
 /// The request head for an HTTP/1 endpoint.
 fn write_request(
-    plan: &mut Plan,
+    plan: &mut Plan<'_>,
     client: &Client,
     forwarded: &Forwarded<'_>,
     request: &Request<()>,
