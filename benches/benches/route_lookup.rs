@@ -45,7 +45,7 @@ fn host(n: usize, weight: u32, own_paths: bool) -> Arc<Host> {
         origin: origin.clone(),
         https_redirect: false,
         action: Action::Forward(Split {
-            backends: vec![Backend { pool: pool_key(n), weight, canary: "".into() }],
+            backends: vec![Backend { pool: pool_key(n), weight, canary: "".into(), steering: None }],
             overrides: Vec::new(),
             sticky: None,
         }),

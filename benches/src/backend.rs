@@ -2,6 +2,7 @@
 //! gets the same bytes.
 
 use std::net::SocketAddr;
+use std::rc::Rc;
 
 use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -9,8 +10,13 @@ use tokio::net::{TcpSocket, TcpStream};
 
 /// Serves on `address` until it is killed. Requests must have no body.
 pub(crate) fn run(address: SocketAddr, body: usize) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let answer: &'static [u8] = answer(body).leak();
+    accept(address, async move |stream| serve(stream, answer).await)
+}
+
+/// Hands every connection to `serve`, all on one thread, until it is killed.
+pub(crate) fn accept<S: AsyncFn(TcpStream) + 'static>(address: SocketAddr, serve: S) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let socket = TcpSocket::new_v4()?;
@@ -18,10 +24,12 @@ pub(crate) fn run(address: SocketAddr, body: usize) -> Result<()> {
         socket.bind(address)?;
         // More than any case connects at once: a SYN that is dropped costs a second.
         let listener = socket.listen(4096).context("listen")?;
+        let serve = Rc::new(serve);
         loop {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            tokio::task::spawn_local(serve(stream, answer));
+            let serve = Rc::clone(&serve);
+            tokio::task::spawn_local(async move { serve(stream).await });
         }
     })
 }

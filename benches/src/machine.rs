@@ -4,6 +4,8 @@ use std::fs::{self, File, TryLockError};
 
 use anyhow::{Context, Result, bail};
 
+use rustix::thread::{CpuSet, sched_setaffinity};
+
 use crate::SUBJECT_CPU;
 
 /// Readings at one moment.
@@ -47,6 +49,11 @@ impl Sample {
         let cpu = |name: &str| Cpu::parse(&stat, name).with_context(|| format!("no {name} in /proc/stat"));
         let own = cpu(&format!("cpu{SUBJECT_CPU}"))?;
         Ok(Sample { subject_ns: on_cpu_ns(pid)?, all: cpu("cpu")?, own })
+    }
+
+    /// On-CPU time since the process began, in ns, of the threads it still has.
+    pub(crate) fn subject_ns(&self) -> u64 {
+        self.subject_ns
     }
 
     /// The difference to an earlier sample.
@@ -98,6 +105,22 @@ fn on_cpu_ns(pid: u32) -> Result<u64> {
         sum += text.split(' ').next().and_then(|ns| ns.parse::<u64>().ok()).context("schedstat")?;
     }
     Ok(sum)
+}
+
+/// Resident memory of process `pid`, in bytes.
+pub(crate) fn rss(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).with_context(|| format!("process {pid} is gone"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|l| l.trim().strip_suffix(" kB")?.parse::<u64>().ok()).context(path)?;
+    Ok(kib * 1024)
+}
+
+/// Binds the calling thread to `cpu`.
+pub(crate) fn pin(cpu: usize) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    sched_setaffinity(None, &set).context("cannot choose a CPU")
 }
 
 /// Held while measuring: two benchmarks at once measure each other.

@@ -1,16 +1,27 @@
 //! Starts what is measured, each with one worker and a configuration that does
 //! the same: a host, a few paths, an upstream pool, forwarding headers,
-//! timeouts, no access log.
+//! timeouts.
 
-use std::fs;
+mod caddy;
+mod envoy;
+mod haproxy;
+mod lockgate;
+mod nginx;
+pub(crate) mod programs;
+
+use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{OTHERS_CPU, SUBJECT_CPU, load};
+use crate::bench::Bench;
+use crate::load::{self, probe};
+use crate::{OTHERS_CPU, SUBJECT_CPU};
+
+pub(crate) use lockgate::{EDITED, Edits};
 
 /// The host of every request.
 pub(crate) const HOST: &str = "bench.example";
@@ -24,6 +35,20 @@ pub(crate) enum Kind {
     Nginx,
     /// Debian's HAProxy.
     Haproxy,
+    /// Envoy, from PyPI.
+    Envoy,
+    /// A gateway on pingora-proxy (`peers/`).
+    #[value(name = "pingora-proxy")]
+    Pingora,
+    /// A gateway on hyper (`peers/`).
+    #[value(name = "hyper-proxy")]
+    Hyper,
+    /// Caddy, built with Go.
+    Caddy,
+    /// Moves bytes and looks at none of them: the floor.
+    Relay,
+    /// The backend without any proxy.
+    Direct,
 }
 
 impl Kind {
@@ -33,112 +58,236 @@ impl Kind {
             Kind::Lockgate => "lockgate",
             Kind::Nginx => "nginx",
             Kind::Haproxy => "haproxy",
+            Kind::Envoy => "envoy",
+            Kind::Pingora => "pingora-proxy",
+            Kind::Hyper => "hyper-proxy",
+            Kind::Caddy => "caddy",
+            Kind::Relay => "relay",
+            Kind::Direct => "direct",
         }
+    }
+}
+
+/// What clients speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Front {
+    Http,
+    Https,
+    /// Bytes, to a port.
+    Tcp,
+}
+
+/// What a subject has to do.
+#[derive(Clone, Debug)]
+pub(crate) struct Task {
+    pub(crate) front: Front,
+    /// Hosts with rules, `HOST` last.
+    pub(crate) hosts: usize,
+    /// Each host has a backend of its own.
+    pub(crate) apart: bool,
+    /// A line per request.
+    pub(crate) log: bool,
+    /// Not bound to a CPU.
+    pub(crate) loose: bool,
+    /// Further arguments, for Lockgate.
+    pub(crate) arguments: Vec<String>,
+}
+
+impl Task {
+    /// One host, one CPU, no log.
+    pub(crate) fn new(front: Front) -> Task {
+        Task { front, hosts: 1, apart: false, log: false, loose: false, arguments: Vec::new() }
+    }
+}
+
+/// The name of host `index` of `hosts`; `HOST` is the last.
+pub(crate) fn host(index: usize, hosts: usize) -> String {
+    if index + 1 == hosts { HOST.to_owned() } else { format!("h{index}.bench.example") }
+}
+
+/// Where a subject's files are, and what it is to be told.
+pub(crate) struct Site<'a> {
+    folder: &'a Path,
+    program: &'a Path,
+    task: &'a Task,
+    /// Where it takes requests.
+    address: SocketAddr,
+    backend: SocketAddr,
+    certificate: &'a load::tls::Certificate,
+}
+
+impl Site<'_> {
+    /// Where its log is written, by the subject itself.
+    fn log(&self) -> PathBuf {
+        self.folder.join("access.log")
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<PathBuf> {
+        let file = self.folder.join(name);
+        fs::write(&file, text).with_context(|| file.display().to_string())?;
+        Ok(file)
+    }
+
+    /// The program, bound to its CPU.
+    fn command(&self) -> Command {
+        if self.task.loose { guarded(self.program) } else { pinned(SUBJECT_CPU, self.program) }
     }
 }
 
 /// A proxy that runs. Killed when dropped.
 pub(crate) struct Subject {
-    kind: Kind,
-    process: Process,
+    pub(crate) kind: Kind,
+    /// In tables.
+    pub(crate) name: String,
+    process: Option<Process>,
     /// Where it takes requests.
     pub(crate) address: SocketAddr,
     /// What it says it is.
     pub(crate) version: String,
+    pid: u32,
+    pub(crate) folder: PathBuf,
+    /// From starting it to its first right answer.
+    pub(crate) ready: Duration,
 }
 
 impl Subject {
-    /// Starts one on its own CPU and waits until it answers.
-    pub(crate) fn start(kind: Kind, folder: &Path, backend: &Backend, lockgate: &Path) -> Result<Subject> {
-        let address = free_address()?;
-        let folder = folder.join(kind.name());
-        fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
-        let (mut command, version) = match kind {
-            Kind::Lockgate => {
-                fs::write(folder.join("bench.yaml"), manifests(backend.address))?;
-                let mut command = pinned(SUBJECT_CPU, lockgate);
-                command.arg("ingress").arg("--manifests").arg(&folder);
-                command.args([
-                    "--http-addr",
-                    &address.to_string(),
-                    "--https-addr",
-                    &free_address()?.to_string(),
-                ]);
-                command.args([
-                    "--admin-addr",
-                    &free_address()?.to_string(),
-                    "--workers",
-                    "1",
-                    "--access-log",
-                    "off",
-                ]);
-                (command, version(lockgate, "--version"))
-            }
-            Kind::Nginx => {
-                let file = folder.join("nginx.conf");
-                fs::write(&file, nginx(&folder, address, backend.address))?;
-                let mut command = pinned(SUBJECT_CPU, "nginx");
-                command.arg("-p").arg(&folder).arg("-c").arg(file).arg("-e").arg(folder.join("error.log"));
-                (command, version("nginx", "-v"))
-            }
-            Kind::Haproxy => {
-                let file = folder.join("haproxy.cfg");
-                fs::write(&file, haproxy(address, backend.address))?;
-                let mut command = pinned(SUBJECT_CPU, "haproxy");
-                command.arg("-db").arg("-f").arg(file);
-                (command, version("haproxy", "-v"))
+    /// Starts one and waits until it answers.
+    pub(crate) fn start(
+        bench: &Bench,
+        (kind, program): (Kind, &Path),
+        backend: &Backend,
+        task: &Task,
+    ) -> Result<Subject> {
+        let folder = bench.folder(kind.name())?;
+        let direct = kind == Kind::Direct;
+        let address = if direct { backend.address } else { free_address()? };
+        let certificate = load::tls::certificate()?;
+        let mut subject = Subject {
+            kind,
+            name: kind.name().to_owned(),
+            process: None,
+            address,
+            version: String::new(),
+            pid: backend.process.0.id(),
+            folder: folder.clone(),
+            ready: Duration::ZERO,
+        };
+        if direct {
+            return Ok(subject);
+        }
+        let site = Site { folder: &folder, program, task, address, backend: backend.address, certificate };
+        let (mut command, flag) = match kind {
+            Kind::Lockgate => (lockgate::command(&site)?, "--version"),
+            Kind::Nginx => (nginx::command(&site)?, "-v"),
+            Kind::Haproxy => (haproxy::command(&site)?, "-v"),
+            Kind::Envoy => (envoy::command(&site)?, "--version"),
+            Kind::Caddy => (caddy::command(&site)?, "version"),
+            Kind::Pingora | Kind::Hyper | Kind::Relay | Kind::Direct => {
+                let mut command = site.command();
+                if kind == Kind::Relay {
+                    command.arg("relay");
+                }
+                command.args([address.to_string(), backend.address.to_string()]);
+                (command, "")
             }
         };
-        let log = fs::File::create(folder.join("output.log"))?;
-        command.stdout(log.try_clone()?).stderr(log);
+        if !flag.is_empty() {
+            subject.version = version(program, flag);
+        }
+        let log = File::create(folder.join("output.log"))?;
+        // HAProxy logs on standard output.
+        let out = match kind {
+            Kind::Haproxy if task.log => File::options().create(true).append(true).open(site.log())?,
+            _ => log.try_clone()?,
+        };
+        command.current_dir(&folder).stdout(out).stderr(log);
+        let started = Instant::now();
         let mut process = Process::start(command).with_context(|| format!("cannot start {}", kind.name()))?;
-        if let Err(error) = process.wait_until_ready(address, backend.body) {
+        if let Err(error) = process.wait_until_ready(address, backend, task.front) {
             let output = fs::read_to_string(folder.join("output.log")).unwrap_or_default();
             bail!("{}: {error:#}\n{output}", kind.name());
         }
-        Ok(Subject { kind, process, address, version })
+        subject.ready = started.elapsed();
+        subject.pid = process.0.id();
+        subject.process = Some(process);
+        Ok(subject)
     }
 
-    /// As in tables.
-    pub(crate) fn name(&self) -> &'static str {
-        self.kind.name()
-    }
-
-    /// Its process: the subjects are run with a single one.
+    /// Its process: the subjects are run with a single one. The backend's if there is no proxy.
     pub(crate) fn pid(&self) -> u32 {
-        self.process.0.id()
+        self.pid
+    }
+
+    /// Lines it logged; they are removed, and must not fill the memory.
+    pub(crate) fn take_log(&self) -> Result<u64> {
+        let path = self.folder.join("access.log");
+        let text = fs::read(&path).with_context(|| path.display().to_string())?;
+        File::options().write(true).open(&path)?.set_len(0)?;
+        Ok(text.iter().filter(|byte| **byte == b'\n').count() as u64)
     }
 }
 
-/// The backend that runs. Killed when dropped.
+/// What the subjects lead to, running. Killed when dropped.
 pub(crate) struct Backend {
-    _process: Process,
+    process: Process,
     /// Where it takes requests.
     pub(crate) address: SocketAddr,
     /// Bytes of each answer's body.
-    body: usize,
+    pub(crate) body: usize,
 }
 
-/// Starts this program's backend on the load's CPU.
-pub(crate) fn start_backend(body: usize) -> Result<Backend> {
-    let address = free_address()?;
-    let mut command = pinned(OTHERS_CPU, std::env::current_exe()?);
-    command.args(["backend", &address.to_string(), "--body", &body.to_string()]);
-    let mut process = Process::start(command).context("cannot start the backend")?;
-    process.wait_until_ready(address, body).context("backend")?;
-    Ok(Backend { _process: process, address, body })
+impl Backend {
+    /// This program's own one, on the load's CPU.
+    pub(crate) fn http(body: usize) -> Result<Backend> {
+        let backend = Backend::start("backend", &["--body", &body.to_string()], body)?;
+        let mut backend = backend;
+        backend.process.wait(|| probe::http(backend.address, body)).context("backend")?;
+        Ok(backend)
+    }
+
+    /// Sends back what it gets.
+    pub(crate) fn echo() -> Result<Backend> {
+        let mut backend = Backend::start("echo", &[], 0)?;
+        backend.process.wait(|| probe::bytes(backend.address)).context("echo")?;
+        Ok(backend)
+    }
+
+    /// Sends without end, once it has got something.
+    pub(crate) fn source() -> Result<Backend> {
+        let mut backend = Backend::start("source", &[], 0)?;
+        backend.process.wait(|| probe::bytes(backend.address)).context("source")?;
+        Ok(backend)
+    }
+
+    fn start(part: &str, arguments: &[&str], body: usize) -> Result<Backend> {
+        let address = free_address()?;
+        let mut command = pinned(OTHERS_CPU, std::env::current_exe()?);
+        command.args([part, &address.to_string()]).args(arguments);
+        let process = Process::start(command).with_context(|| format!("cannot start the {part}"))?;
+        Ok(Backend { process, address, body })
+    }
 }
 
 /// `program` bound to a CPU, and killed by the kernel if this process dies.
 /// Both wrappers replace themselves, so the process started is `program`.
 pub(crate) fn pinned(cpu: usize, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = guarded("taskset");
+    command.args(["--cpu-list", &cpu.to_string()]).arg(program);
+    command
+}
+
+/// `program`, killed by the kernel if this process dies.
+fn guarded(program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "taskset", "--cpu-list", &cpu.to_string()]).arg(program);
+    command.args(["--pdeathsig", "KILL"]).arg(program);
     command
 }
 
 /// A child that does not outlive its owner.
 struct Process(Child);
+
+/// The largest table takes nginx more than a minute.
+const START: Duration = Duration::from_secs(180);
 
 impl Process {
     fn start(mut command: Command) -> Result<Process> {
@@ -146,17 +295,26 @@ impl Process {
     }
 
     /// Returns when `address` answers as it should. A proxy may listen before it has its table.
-    fn wait_until_ready(&mut self, address: SocketAddr, body: usize) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(10);
+    fn wait_until_ready(&mut self, address: SocketAddr, backend: &Backend, front: Front) -> Result<()> {
+        self.wait(|| match front {
+            Front::Http => probe::http(address, backend.body),
+            Front::Https => probe::https(address, backend.body),
+            Front::Tcp => probe::bytes(address),
+        })
+        .with_context(|| format!("no right answer from {address}"))
+    }
+
+    fn wait(&mut self, ready: impl Fn() -> Result<()>) -> Result<()> {
+        let deadline = Instant::now() + START;
         loop {
-            let Err(error) = load::probe(address, body) else { return Ok(()) };
+            let Err(error) = ready() else { return Ok(()) };
             if let Some(status) = self.0.try_wait()? {
-                bail!("ended with {status} before it answered on {address}");
+                bail!("ended with {status} before it answered");
             }
             if Instant::now() > deadline {
-                return Err(error.context(format!("no right answer from {address} in 10 s")));
+                return Err(error);
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }
@@ -170,7 +328,7 @@ impl Drop for Process {
 }
 
 /// Free when asked; nothing keeps another process from taking it before the subject does.
-fn free_address() -> Result<SocketAddr> {
+pub(crate) fn free_address() -> Result<SocketAddr> {
     Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?)
 }
 
@@ -180,131 +338,8 @@ fn version(program: impl AsRef<std::ffi::OsStr>, flag: &str) -> String {
         return "unknown version".to_owned();
     };
     let text = [output.stdout, output.stderr].concat();
-    String::from_utf8_lossy(&text).lines().next().unwrap_or_default().to_owned()
-}
-
-fn nginx(folder: &Path, address: SocketAddr, backend: SocketAddr) -> String {
-    let folder = folder.display();
-    format!(
-        "daemon off;
-master_process off;
-worker_processes 1;
-pid {folder}/nginx.pid;
-events {{ worker_connections 8192; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    tcp_nodelay on;
-    keepalive_timeout 75s;
-    keepalive_requests 1000000000;
-    upstream pool {{
-        server {backend};
-        keepalive 1024;
-        keepalive_requests 1000000000;
-    }}
-    server {{
-        listen {address} backlog=4096;
-        server_name {HOST};
-        proxy_http_version 1.1;
-        proxy_set_header Connection \"\";
-        proxy_set_header Host $host;
-        proxy_set_header X-Real-IP $remote_addr;
-        proxy_set_header X-Forwarded-For $remote_addr;
-        proxy_set_header X-Forwarded-Host $host;
-        proxy_set_header X-Forwarded-Port $server_port;
-        proxy_set_header X-Forwarded-Proto $scheme;
-        proxy_set_header X-Request-ID $request_id;
-        proxy_buffers 16 16k;
-        location /api {{ proxy_pass http://pool; }}
-        location /static {{ proxy_pass http://pool; }}
-        location / {{ proxy_pass http://pool; }}
-    }}
-}}
-"
-    )
-}
-
-fn haproxy(address: SocketAddr, backend: SocketAddr) -> String {
-    format!(
-        "global
-    nbthread 1
-    maxconn 8192
-defaults
-    mode http
-    timeout connect 5s
-    timeout client 75s
-    timeout server 60s
-    timeout http-request 60s
-    http-reuse always
-    option forwardfor
-frontend front
-    bind {address} backlog 4096
-    acl host hdr(host) -i {HOST}
-    acl api path_beg /api
-    acl static path_beg /static
-    unique-id-format %[uuid()]
-    unique-id-header X-Request-ID
-    http-request set-header X-Real-IP %[src]
-    http-request set-header X-Forwarded-Host %[req.hdr(host)]
-    http-request set-header X-Forwarded-Port %[dst_port]
-    http-request set-header X-Forwarded-Proto http
-    use_backend api if host api
-    use_backend static if host static
-    use_backend root if host
-backend api
-    server pod {backend} pool-max-conn 1024
-backend static
-    server pod {backend} pool-max-conn 1024
-backend root
-    server pod {backend} pool-max-conn 1024
-"
-    )
-}
-
-fn manifests(backend: SocketAddr) -> String {
-    let (address, port) = (backend.ip(), backend.port());
-    let path = |path: &str| {
-        format!(
-            "      - path: {path}
-        pathType: Prefix
-        backend: {{ service: {{ name: canned, port: {{ number: 80 }} }} }}
-"
-        )
-    };
-    let paths = [path("/api"), path("/static"), path("/")].concat();
-    format!(
-        "apiVersion: v1
-kind: Service
-metadata: {{ name: canned, namespace: bench }}
-spec:
-  ports:
-  - {{ name: http, port: 80, targetPort: {port} }}
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata:
-  name: canned-1
-  namespace: bench
-  labels: {{ kubernetes.io/service-name: canned }}
-addressType: IPv4
-ports:
-- {{ name: http, port: {port} }}
-endpoints:
-- addresses: [\"{address}\"]
-  conditions: {{ ready: true }}
----
-apiVersion: networking.k8s.io/v1
-kind: Ingress
-metadata: {{ name: bench, namespace: bench }}
-spec:
-  rules:
-  - host: {HOST}
-    http:
-      paths:
-{paths}"
-    )
+    let text = String::from_utf8_lossy(&text);
+    let line = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default().trim();
+    // Some begin with the path of their program.
+    line.rsplit_once("  ").map_or(line, |(_, version)| version).to_owned()
 }

@@ -15,11 +15,12 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::{sleep, timeout};
 
 use crate::explain::{Question, decode, explain};
 use crate::text::Text;
+use lockgate_proxy::handover::Sockets;
 use lockgate_proxy::router::{Live, Routes};
 
 /// Further connections wait until one of these ends.
@@ -50,6 +51,7 @@ pub struct AdminState {
     live: OnceLock<(Routes, Arc<Live>)>,
     ready: AtomicBool,
     draining: AtomicBool,
+    relieved: Notify,
 }
 
 impl AdminState {
@@ -69,6 +71,12 @@ impl AdminState {
         self.draining.store(true, Ordering::Release);
     }
 
+    /// Another process has the endpoint's socket: this one accepts no more from it.
+    /// It still says ready on connections it has: who asks means the address, and that is served.
+    pub fn relieved(&self) {
+        self.relieved.notify_one();
+    }
+
     fn readiness(&self) -> Result<(), &'static str> {
         match (self.draining.load(Ordering::Acquire), self.ready.load(Ordering::Acquire)) {
             (true, _) => Err("draining\n"),
@@ -78,25 +86,68 @@ impl AdminState {
     }
 }
 
-/// Serves the admin endpoint on a thread of its own, so that a busy controller
-/// does not look dead. Returns the address it really has.
+/// The admin endpoint's socket, from the process before this one or new.
+pub struct Admin {
+    address: SocketAddr,
+    /// Until it is served.
+    listener: Option<std::net::TcpListener>,
+}
+
+impl Admin {
+    /// # Errors
+    /// The address cannot be bound.
+    pub fn bind(address: SocketAddr, sockets: &Sockets) -> io::Result<Admin> {
+        let name = format!("admin {address}");
+        let inherited = sockets.take(&name).into_iter().next().map(std::net::TcpListener::from);
+        let listener = inherited.map_or_else(|| std::net::TcpListener::bind(address), Ok)?;
+        listener.set_nonblocking(true)?;
+        sockets.keep(&name, &listener)?;
+        Ok(Admin { address: listener.local_addr()?, listener: Some(listener) })
+    }
+
+    /// The address it really has.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves it on a thread of its own, so that a busy controller does not look
+    /// dead. Does nothing the second time.
+    ///
+    /// # Errors
+    /// A thread cannot be started.
+    pub fn start(&mut self, state: &Arc<AdminState>) -> io::Result<()> {
+        let Some(listener) = self.listener.take() else { return Ok(()) };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let state = state.clone();
+        let serving = async move {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => serve_until_relieved(listener, state).await,
+                Err(error) => tracing::error!("the admin endpoint cannot be served: {error}"),
+            }
+        };
+        let thread = std::thread::Builder::new().name("lockgate-admin".into());
+        thread.spawn(move || runtime.block_on(serving))?;
+        Ok(())
+    }
+}
+
+/// Serves the admin endpoint; returns the address it really has.
 ///
 /// # Errors
 /// The address cannot be bound, or a thread cannot be started.
 pub fn start(address: SocketAddr, state: Arc<AdminState>) -> io::Result<SocketAddr> {
-    let listener = std::net::TcpListener::bind(address)?;
-    listener.set_nonblocking(true)?;
-    let address = listener.local_addr()?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name("lockgate-admin".into()).spawn(move || {
-        runtime.block_on(async {
-            match TcpListener::from_std(listener) {
-                Ok(listener) => serve(listener, state).await,
-                Err(error) => tracing::error!("the admin endpoint cannot be served: {error}"),
-            }
-        });
-    })?;
-    Ok(address)
+    let mut admin = Admin::bind(address, &Sockets::default())?;
+    admin.start(&state)?;
+    Ok(admin.address())
+}
+
+async fn serve_until_relieved(listener: TcpListener, state: Arc<AdminState>) {
+    tokio::select! {
+        () = serve(listener, state.clone()) => {}
+        () = state.relieved.notified() => {}
+    }
+    // Who is connected may go on asking this process, who comes now asks the new one.
+    sleep(CONNECTION_TIMEOUT).await;
 }
 
 async fn serve(listener: TcpListener, state: Arc<AdminState>) {

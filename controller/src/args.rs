@@ -13,7 +13,7 @@ use crate::source::FolderOptions;
 use crate::store::Key;
 use crate::translate::Options;
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
-use lockgate_proxy::config::{Config, Drain, Limits, Timeouts};
+use lockgate_proxy::config::{Config, Drain, Limits, ProxyProtocol, Timeouts};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -34,10 +34,16 @@ Examples:
       The usual ports, IPv6 and IPv4. Ports below 1024 need root or CAP_NET_BIND_SERVICE.
   lockgate ingress --manifests ./manifests --trusted-proxies 10.0.0.0/8
       Behind a load balancer in 10.0.0.0/8 that sets X-Forwarded-For.
+  lockgate ingress --manifests ./manifests --use-proxy-protocol --proxy-real-ip-cidr 10.0.0.0/8
+      Behind one that speaks the PROXY protocol.
 
 Durations are a number and a unit: 250ms, 30s, 5m, 1h. Sizes: 8192, 64KiB, 32MiB, 1GiB.
 SIGTERM and SIGINT drain: readiness fails at once, listeners close after the grace period,
-requests finish until the drain timeout. A second signal ends at once.";
+requests finish until the drain timeout. A second signal ends at once. SIGUSR1 and SIGHUP
+reopen the access log's file, after it was rotated.
+
+To upgrade without failing a request, start the new binary with the same --upgrade-socket:
+it takes over the listening sockets, and the old process drains and ends.";
 
 const CHECK_EXAMPLES: &str = "\
 Examples:
@@ -162,6 +168,9 @@ pub struct IngressArgs {
     /// Networks whose X-Forwarded-* headers are believed. Nobody's are unless given
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', env = "LOCKGATE_TRUSTED_PROXIES", value_parser = parse_network)]
     pub trusted_proxies: Vec<IpNet>,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub accept: AcceptArgs,
     /// One line per request on standard output, or none
     #[arg(long, value_name = "FORMAT", default_value = "off", env = "LOCKGATE_ACCESS_LOG")]
     pub access_log: AccessLog,
@@ -185,6 +194,39 @@ pub struct IngressArgs {
     pub timeouts: TimeoutArgs,
 }
 
+/// What connections begin with. The names are those of ingress-nginx's ConfigMap and flags.
+#[derive(Debug, Args)]
+pub struct AcceptArgs {
+    /// Every connection to the HTTP and HTTPS addresses begins with a PROXY header, version 1 or 2;
+    /// one without is closed
+    #[arg(long, env = "LOCKGATE_USE_PROXY_PROTOCOL", requires = "proxy_real_ip_cidr")]
+    pub use_proxy_protocol: bool,
+    /// Networks of the load balancers whose PROXY headers are believed; those of others are read and
+    /// passed over. 0.0.0.0/0,::/0 believes everybody, as ingress-nginx does unless told otherwise
+    #[arg(long, value_name = "CIDR,...", value_delimiter = ',', env = "LOCKGATE_PROXY_REAL_IP_CIDR", value_parser = parse_network)]
+    pub proxy_real_ip_cidr: Vec<IpNet>,
+    /// Until the PROXY header is complete
+    #[arg(
+        long,
+        value_name = "DURATION",
+        default_value = "5s",
+        env = "LOCKGATE_PROXY_PROTOCOL_HEADER_TIMEOUT"
+    )]
+    pub proxy_protocol_header_timeout: Span,
+    /// Not needed: the annotation ssl-passthrough is enough. Accepted because ingress-nginx needs it
+    #[arg(long, env = "LOCKGATE_ENABLE_SSL_PASSTHROUGH")]
+    pub enable_ssl_passthrough: bool,
+}
+
+impl AcceptArgs {
+    fn proxy_protocol(&self) -> Option<ProxyProtocol> {
+        self.use_proxy_protocol.then(|| ProxyProtocol {
+            trusted: self.proxy_real_ip_cidr.clone(),
+            header_timeout: self.proxy_protocol_header_timeout.0,
+        })
+    }
+}
+
 /// How a stop proceeds.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Stopping")]
@@ -195,6 +237,13 @@ pub struct StopArgs {
     /// After that, let requests and tunnels finish this long
     #[arg(long, value_name = "DURATION", default_value = "240s", env = "LOCKGATE_DRAIN_TIMEOUT")]
     pub drain_timeout: Span,
+    /// Upgrade through this UNIX socket: a new process with the same path takes over the
+    /// listening sockets of the one that runs, which then drains and ends
+    #[arg(long, value_name = "PATH", env = "LOCKGATE_UPGRADE_SOCKET")]
+    pub upgrade_socket: Option<PathBuf>,
+    /// After a new process took over, let requests, streams and tunnels finish this long
+    #[arg(long, value_name = "DURATION", default_value = "1h", env = "LOCKGATE_UPGRADE_DRAIN_TIMEOUT")]
+    pub upgrade_drain_timeout: Span,
 }
 
 /// Sizes and counts.
@@ -216,6 +265,16 @@ pub struct LimitArgs {
     /// Most client connections per worker; further ones wait
     #[arg(long, value_name = "N", default_value_t = 16_384, env = "LOCKGATE_MAX_CONNECTIONS", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_connections: u32,
+    /// Most connections of one client address (IPv6: /64) over all workers, further ones are closed;
+    /// 0 is no limit
+    #[arg(long, value_name = "N", default_value_t = 0, env = "LOCKGATE_MAX_CONNECTIONS_PER_ADDRESS", value_parser = clap::value_parser!(u32).range(..=65_535))]
+    pub max_connections_per_address: u32,
+    /// Answer to a client beyond an Ingress's limit-rps or limit-rpm
+    #[arg(long, value_name = "STATUS", default_value_t = 503, env = "LOCKGATE_LIMIT_REQ_STATUS_CODE", value_parser = clap::value_parser!(u16).range(400..=599))]
+    pub limit_req_status_code: u16,
+    /// Answer to a client beyond an Ingress's limit-connections
+    #[arg(long, value_name = "STATUS", default_value_t = 503, env = "LOCKGATE_LIMIT_CONN_STATUS_CODE", value_parser = clap::value_parser!(u16).range(400..=599))]
+    pub limit_conn_status_code: u16,
     /// Most concurrent streams of one HTTP/2 connection
     #[arg(long, value_name = "N", default_value_t = 128, env = "LOCKGATE_MAX_STREAMS", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_streams: u32,
@@ -277,6 +336,7 @@ impl IngressArgs {
             limits: self.limits.limits(),
             timeouts: self.timeouts.timeouts(),
             trusted: self.trusted_proxies.clone(),
+            proxy_protocol: self.accept.proxy_protocol(),
             access_log: self.access_log(),
             drain: Drain { grace: self.stop.shutdown_grace_period.0, deadline: self.stop.drain_timeout.0 },
             ..defaults
@@ -307,11 +367,15 @@ impl LimitArgs {
             target_bytes: self.max_uri_size.0 as usize,
             body_bytes: Some(self.max_body_size.0).filter(|size| *size > 0),
             connections: self.max_connections as usize,
+            connections_per_address: Some(self.max_connections_per_address).filter(|most| *most > 0),
+            rate_status: self.limit_req_status_code,
+            requests_status: self.limit_conn_status_code,
             idle_upstream: self.max_idle_upstream,
             tries: self.max_tries,
             h2_streams: self.max_streams,
             h2_resets: self.max_stream_resets,
             h2_control_frames: self.max_control_frames,
+            ..Limits::default()
         }
     }
 }

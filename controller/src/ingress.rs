@@ -10,61 +10,104 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use crate::admin::{self, AdminState};
+use crate::admin::{Admin, AdminState};
 use crate::args::IngressArgs;
 use crate::publish::{Publishing, Translation};
 use crate::source::{Folder, Snapshot};
 use crate::text::count;
+use crate::upgrade::Upgrade;
 use lockgate_proxy::Proxy;
+use lockgate_proxy::access_log::Reopener;
 
 /// After this long without a change there is time to tidy up.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// Runs until a signal ends it; returns once everything is drained.
+/// Runs until a signal ends it or a new process takes over; returns once everything is drained.
 ///
 /// # Errors
 /// Something that was asked for cannot be had at start: the folder, an address.
 pub async fn run(args: &IngressArgs) -> anyhow::Result<()> {
     let mut stop = Stop::new().context("cannot listen for signals")?;
+    let (inherited, mut upgrade) = Upgrade::begin(args.stop.upgrade_socket.as_deref()).await?;
     let state = Arc::new(AdminState::default());
-    let admin = admin::start(args.admin_addr, state.clone()).with_context(|| {
+    let mut admin = Admin::bind(args.admin_addr, inherited.sockets()).with_context(|| {
         format!("cannot serve the admin endpoint on {}; choose another --admin-addr", args.admin_addr)
     })?;
-    // Everything is read and translated before a port is opened: a client that
-    // can connect finds the routes there.
+    // A process before this one says that there is a ready one, until this one can.
+    if !upgrade.has_predecessor() {
+        admin.start(&state)?;
+    }
+    // Everything is read, translated and compiled before a connection is accepted:
+    // a client that is answered finds the routes there.
     let (mut folder, snapshot) = Folder::open(&args.manifests, args.folder())?;
     let mut translation = Translation::new(args.objects.options());
     translation.update(&snapshot);
-    let (proxy, publisher) = Proxy::start(args.config())?;
+    let (proxy, publisher) = Proxy::bind(args.config(), &inherited)?;
     let mut publishing = Publishing::new(publisher, proxy.live().clone());
     state.started(proxy.routes().clone(), proxy.live().clone());
     publishing.publish(&translation);
+    proxy.open();
+    proxy.listening().await;
     state.ready();
-    eprint!("{}", banner(args, admin, &proxy, &snapshot, &translation));
+    admin.start(&state)?;
+    upgrade.ready().await?;
+    reopen_on_signal(proxy.access_log_reopener()).context("cannot listen for signals")?;
+    eprint!("{}", banner(args, admin.address(), &proxy, &snapshot, &translation));
 
     let following = follow(&mut folder, &mut translation, &mut publishing);
     tokio::pin!(following);
     let signal = tokio::select! {
-        () = &mut following => "the folder is no longer followed",
-        signal = stop.signal() => signal,
+        () = &mut following => Some("the folder is no longer followed"),
+        signal = stop.signal() => Some(signal),
+        () = upgrade.successor(proxy.estate()) => None,
     };
-    state.draining();
-    info!("{signal}: draining; a second signal ends at once");
-    let drained = proxy.drain();
+    // From now on a new process would ask in vain: it starts as the first of its own chain.
+    drop(upgrade);
+    let drained = async {
+        match signal {
+            Some(signal) => {
+                state.draining();
+                info!("{signal}: draining; a second signal ends at once");
+                proxy.drain().await
+            }
+            None => {
+                state.relieved();
+                info!("a new process has taken over: draining");
+                proxy.retire(args.stop.upgrade_drain_timeout.0).await
+            }
+        }
+    };
     tokio::pin!(drained);
     // Endpoints come and go during the grace period as at any other time.
     let in_time = tokio::select! {
         in_time = &mut drained => in_time,
         () = &mut following => drained.await,
-        signal = stop.signal() => {
+        signal = stop.again(signal.is_none()) => {
             warn!("{signal} again: ending at once");
             return Ok(());
         }
     };
     match in_time {
         true => info!("drained"),
-        false => warn!("--drain-timeout is over: the remaining connections are cut"),
+        false => warn!("the drain timeout is over: the remaining connections are cut"),
     }
+    Ok(())
+}
+
+/// Has the access log's file opened again after SIGUSR1, as nginx does, or SIGHUP.
+fn reopen_on_signal(reopener: Reopener) -> std::io::Result<()> {
+    let mut user = signal(SignalKind::user_defined1())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                Some(()) = user.recv() => {}
+                Some(()) = hangup.recv() => {}
+                else => return,
+            }
+            reopener.reopen();
+        }
+    });
     Ok(())
 }
 
@@ -142,6 +185,16 @@ struct Stop {
 impl Stop {
     fn new() -> std::io::Result<Stop> {
         Ok(Stop { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// The signal that ends a drain. One that was begun by a new process has seen none yet:
+    /// then the first says what is the case already.
+    async fn again(&mut self, first: bool) -> &'static str {
+        if first {
+            let signal = self.signal().await;
+            info!("{signal}: draining already; a second signal ends at once");
+        }
+        self.signal().await
     }
 
     async fn signal(&mut self) -> &'static str {

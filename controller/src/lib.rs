@@ -12,6 +12,8 @@ pub mod args;
 pub mod check;
 pub mod demo;
 pub mod explain;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod ingress;
 pub mod objects;
 pub mod publish;
@@ -19,3 +21,4 @@ pub mod source;
 pub mod store;
 pub(crate) mod text;
 pub mod translate;
+pub(crate) mod upgrade;

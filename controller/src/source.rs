@@ -19,6 +19,8 @@ mod scan;
 mod watch;
 
 pub(crate) use contents::Contents;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use document::{Format, documents};
 pub use folder::{Folder, FolderError, FolderOptions};
 pub(crate) use scan::{read_into, walk};
 

@@ -22,10 +22,14 @@ mod plan;
 mod pools;
 mod settings;
 mod status;
+mod streams;
 
 use certificates::Certificates;
 use ingresses::{Classes, Ingresses};
 use pools::Pools;
+use streams::Streams;
+
+pub use streams::StreamOptions;
 
 /// What the operator chose, fixed for the life of the process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,6 +42,8 @@ pub struct Options {
     pub require_class: bool,
     /// A Secret of type `kubernetes.io/tls` for clients whose SNI matches nothing.
     pub default_certificate: Option<Key>,
+    /// TCP and UDP ports that are relayed as they are.
+    pub streams: StreamOptions,
 }
 
 /// What should be live.
@@ -70,6 +76,7 @@ pub struct Translator {
     hosts: HashMap<HostPattern, host::Found>,
     pools: Pools,
     certificates: Certificates,
+    streams: Streams,
     #[cfg(test)]
     made: Made,
 }
@@ -92,6 +99,7 @@ struct Dirty {
     default_certificate: bool,
     /// Of Ingresses.
     statuses: BTreeSet<Key>,
+    streams: bool,
 }
 
 impl Translator {
@@ -105,13 +113,15 @@ impl Translator {
     pub fn translate(&mut self, store: &Store) -> Desired {
         let old = std::mem::replace(&mut self.store, store.clone());
         let first = old.is_empty();
-        let mut dirty = Dirty { default_certificate: first, ..Dirty::default() };
+        let mut dirty = Dirty { default_certificate: first, streams: first, ..Dirty::default() };
         self.read_ingresses(&old, &mut dirty);
         self.read_endpoints(&old, &mut dirty);
         self.read_secrets(&old, &mut dirty);
+        self.read_config_maps(&old, &mut dirty);
         #[cfg(test)]
         let hosts = dirty.hosts.len();
         self.make_hosts(&mut dirty);
+        self.make_streams(&mut dirty);
         self.make_services(&dirty);
         self.make_certificates(&mut dirty);
         self.make_statuses(&dirty);
@@ -148,6 +158,7 @@ impl Translator {
             }
             dirty.services.insert(key.clone());
             dirty.statuses.extend(self.ingresses.using_service(key).cloned());
+            dirty.streams |= self.streams.uses(key);
         }
         for (_, old, new) in changes(&old.slices, &self.store.slices) {
             dirty.services.extend(old.and_then(|old| self.endpoints.slice(old, false)));
@@ -181,6 +192,11 @@ impl Translator {
         }
     }
 
+    fn read_config_maps(&mut self, old: &Store, dirty: &mut Dirty) {
+        let mut changed = changes(&old.config_maps, &self.store.config_maps);
+        dirty.streams |= changed.any(|(key, _, _)| self.options.streams.names(key));
+    }
+
     fn make_hosts(&mut self, dirty: &mut Dirty) {
         for pattern in std::mem::take(&mut dirty.hosts) {
             let outcome = host::build(&pattern, &self.ingresses.with_rules_for(&pattern));
@@ -196,6 +212,27 @@ impl Translator {
                 self.hosts.insert(pattern, outcome);
             }
         }
+    }
+
+    fn make_streams(&mut self, dirty: &mut Dirty) {
+        if !dirty.streams {
+            return;
+        }
+        let made = streams::make(&self.options.streams, &self.store);
+        self.pools.replace_streams(&self.streams, &made.streams, &mut dirty.services);
+        let listeners = &mut self.desired.routes.listeners;
+        for gone in
+            listeners.keys().filter(|key| !made.listeners.contains_key(key)).copied().collect::<Vec<_>>()
+        {
+            listeners.remove(&gone);
+        }
+        for (key, listener) in made.listeners {
+            put(listeners, key, listener);
+        }
+        for (config_map, notices) in made.notices {
+            set_status(&mut self.desired, config_map.reference(Kind::ConfigMap), notices, true);
+        }
+        self.streams = made.streams;
     }
 
     fn make_services(&mut self, dirty: &Dirty) {

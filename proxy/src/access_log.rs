@@ -16,12 +16,13 @@
 mod format;
 
 use std::cell::RefCell;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
@@ -126,6 +127,20 @@ pub struct Entry<'a> {
 /// The writer thread.
 pub struct AccessLog {
     writer: JoinHandle<()>,
+    reopener: Reopener,
+}
+
+/// Has the log's file opened anew, after it was renamed to rotate it.
+#[derive(Clone, Debug, Default)]
+pub struct Reopener(Arc<AtomicBool>);
+
+impl Reopener {
+    /// The next lines go to the file that then has the log's name, which is made
+    /// if there is none. Until the next line nothing happens; the renamed file is
+    /// not written to any more.
+    pub fn reopen(&self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 impl AccessLog {
@@ -137,15 +152,16 @@ impl AccessLog {
         config: &AccessLogConfig,
         workers: &[Arc<WorkerMetrics>],
     ) -> io::Result<(AccessLog, Vec<WorkerLog>)> {
-        let destination: Box<dyn Write + Send> = match &config.destination {
-            Destination::Stdout => Box::new(io::stdout()),
-            Destination::File(path) => Box::new(OpenOptions::new().append(true).create(true).open(path)?),
+        let (destination, path): (Box<dyn Write + Send>, _) = match &config.destination {
+            Destination::Stdout => (Box::new(io::stdout()), None),
+            Destination::File(path) => (Box::new(open(path)?), Some(path.clone())),
         };
-        AccessLog::start_on(destination, config.format, workers)
+        AccessLog::start_on(destination, path, config.format, workers)
     }
 
     fn start_on(
         destination: Box<dyn Write + Send>,
+        path: Option<PathBuf>,
         format: Format,
         workers: &[Arc<WorkerMetrics>],
     ) -> io::Result<(AccessLog, Vec<WorkerLog>)> {
@@ -171,10 +187,16 @@ impl AccessLog {
                 metrics: metrics.clone(),
             });
         }
-        let writer = Writer { destination, returns, failing: false };
+        let reopener = Reopener::default();
+        let writer = Writer { destination, path, reopener: reopener.clone(), returns, failing: false };
         let writer =
             std::thread::Builder::new().name("access-log".to_owned()).spawn(|| writer.run(batches))?;
-        Ok((AccessLog { writer }, logs))
+        Ok((AccessLog { writer, reopener }, logs))
+    }
+
+    /// For whoever hears that the file was rotated.
+    pub fn reopener(&self) -> Reopener {
+        self.reopener.clone()
     }
 
     /// Waits until everything handed over is written. Drop every
@@ -272,6 +294,9 @@ struct Returned {
 
 struct Writer {
     destination: Box<dyn Write + Send>,
+    /// Of a file.
+    path: Option<PathBuf>,
+    reopener: Reopener,
     /// By worker.
     returns: Vec<SyncSender<Returned>>,
     /// Whether the last write failed: the first failure and the recovery are reported, not each batch.
@@ -281,6 +306,9 @@ struct Writer {
 impl Writer {
     fn run(mut self, batches: Receiver<Batch>) {
         while let Ok(Batch { worker, mut buffer }) = batches.recv() {
+            if self.reopener.0.swap(false, Ordering::AcqRel) {
+                self.reopen();
+            }
             let lines_lost = match self.destination.write_all(&buffer).and_then(|()| self.destination.flush())
             {
                 Ok(()) => {
@@ -303,6 +331,20 @@ impl Writer {
             let _ = self.returns[worker].try_send(Returned { buffer, lines_lost });
         }
     }
+
+    fn reopen(&mut self) {
+        let Some(path) = &self.path else { return };
+        match open(path) {
+            Ok(file) => self.destination = Box::new(file),
+            Err(error) => {
+                error!(%error, "access log: cannot be opened again, lines go where they went before");
+            }
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).open(path)
 }
 
 fn lines(batch: &[u8]) -> u64 {

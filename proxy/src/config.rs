@@ -1,9 +1,10 @@
 //! What stays fixed for the life of the process.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::access_log::AccessLogConfig;
 use crate::endpoint::Ejection;
@@ -26,12 +27,19 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// Peers whose `X-Forwarded-*` are believed. Empty: nobody's.
     pub trusted: Vec<IpNet>,
+    /// Every connection begins with a PROXY header; `None`: none does.
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// Where access logs go; `None`: nowhere.
     pub access_log: Option<AccessLogConfig>,
     /// How a stop proceeds.
     pub drain: Drain,
     /// When an endpoint that keeps failing is left alone for a while.
     pub ejection: Ejection,
+    /// How TCP and UDP ports are relayed.
+    pub l4: L4Options,
+    /// Where this process runs (`topology.kubernetes.io/zone` of its node).
+    /// `None`: no zone is preferred.
+    pub zone: Option<Arc<str>>,
 }
 
 impl Default for Config {
@@ -44,10 +52,33 @@ impl Default for Config {
             tls: TlsOptions::default(),
             timeouts: Timeouts::default(),
             trusted: Vec::new(),
+            proxy_protocol: None,
             access_log: None,
             drain: Drain::default(),
             ejection: Ejection::default(),
+            l4: L4Options::default(),
+            zone: None,
         }
+    }
+}
+
+/// How connections tell whom they were opened for, as with nginx's
+/// `listen ... proxy_protocol`: the header is due from everybody, and a
+/// connection without one is closed. It is believed only from `trusted`; for
+/// all others it is read and passed over, and their own address holds.
+#[derive(Clone, Debug)]
+pub struct ProxyProtocol {
+    /// Peers whose header is believed.
+    pub trusted: Vec<IpNet>,
+    /// Until the header is complete: closed without a word.
+    pub header_timeout: Duration,
+}
+
+impl ProxyProtocol {
+    /// Believes every header, and waits 5 s for it, as ingress-nginx does.
+    pub fn from_anyone() -> ProxyProtocol {
+        let anywhere = [IpNet::from(Ipv4Net::default()), IpNet::from(Ipv6Net::default())];
+        ProxyProtocol { trusted: anywhere.into(), header_timeout: Duration::from_secs(5) }
     }
 }
 
@@ -64,6 +95,13 @@ pub struct Limits {
     pub body_bytes: Option<u64>,
     /// Client connections per worker; beyond it new ones wait in the kernel's queue.
     pub connections: usize,
+    /// Connections of one client address over all workers; an IPv6 client is
+    /// a /64. Further ones are closed at once. `None`: no limit.
+    pub connections_per_address: Option<u32>,
+    /// The answer to a client beyond [`crate::table::ClientLimits::rates`].
+    pub rate_status: u16,
+    /// The answer to a client beyond [`crate::table::ClientLimits::requests`].
+    pub requests_status: u16,
     /// Idle connections kept per endpoint and worker.
     pub idle_upstream: usize,
     /// Endpoints tried for one request.
@@ -90,6 +128,9 @@ impl Default for Limits {
             target_bytes: 8 << 10,
             body_bytes: None,
             connections: 16_384,
+            connections_per_address: None,
+            rate_status: 503,
+            requests_status: 503,
             idle_upstream: 256,
             tries: 3,
             h2_streams: 128,
@@ -152,5 +193,35 @@ pub struct Drain {
 impl Default for Drain {
     fn default() -> Drain {
         Drain { grace: Duration::from_secs(5), deadline: Duration::from_secs(240) }
+    }
+}
+
+/// Limits and deadlines of L4 listeners, where a listener sets none itself. Connecting to an endpoint is
+/// bounded by [`Timeouts::connect`] and [`Limits::tries`].
+#[derive(Clone, Debug)]
+pub struct L4Options {
+    /// A connection or flow on which neither side speaks ends after this long.
+    pub idle: Duration,
+    /// For listeners that take PROXY headers, while [`Config::proxy_protocol`] is `None`.
+    pub proxy_protocol: ProxyProtocol,
+    /// Flows of one UDP listener and worker, each with a socket of its own. When there is no room, the one
+    /// that has been silent longest ends.
+    pub udp_flows: usize,
+    /// Datagrams expected in response to each one of a client: a flow that has them is kept only for
+    /// [`L4Options::udp_linger`]. 0: nobody knows, so every flow is kept until it is idle.
+    pub udp_responses: u32,
+    /// How long a flow that has all expected responses waits for more, from either side.
+    pub udp_linger: Duration,
+}
+
+impl Default for L4Options {
+    fn default() -> L4Options {
+        L4Options {
+            idle: Duration::from_secs(600),
+            proxy_protocol: ProxyProtocol::from_anyone(),
+            udp_flows: 4_096,
+            udp_responses: 1,
+            udp_linger: Duration::from_secs(2),
+        }
     }
 }

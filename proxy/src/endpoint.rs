@@ -4,11 +4,14 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{
-    AtomicU32, AtomicU64,
+    AtomicBool, AtomicU32, AtomicU64,
     Ordering::{Acquire, Relaxed, Release},
 };
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use crate::balance::ewma::Latency;
+use crate::balance::slow_start;
+use crate::clock;
 use crate::table::UpstreamProtocol;
 
 /// Below this many entries dead ones are not worth looking for.
@@ -88,9 +91,20 @@ pub struct LiveEndpoint {
     failures: AtomicU64,
     /// Milliseconds on the caller's clock; 0 before the first ejection.
     ejected_until: AtomicU64,
+    /// Probes say that it does not work.
+    down: AtomicBool,
+    /// When it came, or came back, in milliseconds on the caller's clock.
+    since: AtomicU64,
     /// How many [`Held`] there are.
     held: AtomicU32,
-    in_flight: OwnLine<AtomicU32>,
+    load: OwnLine<Load>,
+}
+
+/// What requests do to it.
+#[derive(Debug, Default)]
+struct Load {
+    in_flight: AtomicU32,
+    latency: Latency,
 }
 
 /// Written by every request of every worker: apart from what they only read.
@@ -108,14 +122,48 @@ impl LiveEndpoint {
             protocol,
             failures: AtomicU64::new(0),
             ejected_until: AtomicU64::new(0),
+            down: AtomicBool::new(false),
+            since: AtomicU64::new(clock::now_ms()),
             held: AtomicU32::new(0),
-            in_flight: OwnLine::default(),
+            load: OwnLine::default(),
         }
     }
 
     /// Whether it may be chosen at `now_ms` (monotonic milliseconds, one clock for all callers).
     pub fn is_available(&self, now_ms: u64) -> bool {
-        now_ms >= self.ejected_until.load(Relaxed)
+        now_ms >= self.ejected_until.load(Relaxed) && self.is_up()
+    }
+
+    /// Whether probes say that it works; true if there are none.
+    pub fn is_up(&self) -> bool {
+        !self.down.load(Relaxed)
+    }
+
+    /// What probes found. True if that is news. Back up, it starts slowly
+    /// where its pool says so.
+    pub fn set_up(&self, up: bool, now_ms: u64) -> bool {
+        let changed = self.down.swap(!up, Relaxed) == up;
+        if changed && up {
+            self.restart(now_ms);
+        }
+        changed
+    }
+
+    /// From now on it counts as new.
+    pub(crate) fn restart(&self, now_ms: u64) {
+        self.since.store(now_ms, Relaxed);
+    }
+
+    /// Which part of its share it takes, from a tenth to all of it, if it
+    /// comes to that within `window_ms` after it came or came back.
+    pub fn ramp(&self, now_ms: u64, window_ms: u64) -> f64 {
+        let since = self.since.load(Relaxed).max(self.ejected_until.load(Relaxed));
+        slow_start::part(now_ms.saturating_sub(since), window_ms)
+    }
+
+    /// How long its answers take.
+    pub fn latency(&self) -> &Latency {
+        &self.load.0.latency
     }
 
     /// An exchange went well: failures no longer follow one another. A running
@@ -154,18 +202,18 @@ impl LiveEndpoint {
 
     /// A request starts to occupy it.
     pub fn begin(&self) {
-        self.in_flight.0.fetch_add(1, Relaxed);
+        self.load.0.in_flight.fetch_add(1, Relaxed);
     }
 
     /// A request that began has ended, in whatever way.
     pub fn end(&self) {
-        let before = self.in_flight.0.fetch_sub(1, Relaxed);
+        let before = self.load.0.in_flight.fetch_sub(1, Relaxed);
         debug_assert!(before > 0, "end without begin on {}", self.address);
     }
 
     /// Requests that began and have not ended, of all workers.
     pub fn in_flight(&self) -> u32 {
-        self.in_flight.0.load(Relaxed)
+        self.load.0.in_flight.load(Relaxed)
     }
 }
 

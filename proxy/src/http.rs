@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use crate::balance::Steer;
+use crate::balance::hash::Subject;
 use crate::certificate::Certificate;
 use crate::metrics;
 use crate::router::{CompiledAction, CompiledRule, Found, Router};
@@ -43,6 +45,7 @@ pub(crate) struct Forward<'r> {
     pub(crate) rule: &'r CompiledRule,
     pub(crate) split: &'r CompiledSplit,
     pub(crate) choice: Choice,
+    pub(crate) steer: Steer,
 }
 
 /// A request we answer ourselves.
@@ -64,6 +67,9 @@ impl<'r> Answer<'r> {
 pub(crate) struct Asked<'a> {
     /// Host and port as the client named them.
     pub(crate) authority: &'a [u8],
+    pub(crate) method: &'a [u8],
+    /// As sent.
+    pub(crate) target: &'a [u8],
     /// Path without query, as sent.
     pub(crate) path: &'a [u8],
     /// Whether the client came by https, as far as is known.
@@ -107,7 +113,10 @@ pub(crate) fn decide<'r>(
         }
         CompiledAction::Forward(split) => {
             let choice = split.choose(router, view, &worker.turns);
-            Verdict::Forward(Forward { rule, split, choice })
+            let Asked { method, target, https, .. } = *asked;
+            let subject = Subject { view, method, target, path, host, https };
+            let steer = split.steer(choice, router, &subject, &worker.turns);
+            Verdict::Forward(Forward { rule, split, choice, steer })
         }
     })
 }

@@ -19,15 +19,20 @@ use crate::buffer::Buffer;
 use crate::conn::Conn;
 use crate::http::client::{Client, ClientTls};
 use crate::http::{h1, h2};
-use crate::metrics::WorkerMetrics;
+use crate::metrics::{Protocol as Speaks, WorkerMetrics};
 use crate::timer::Timer;
 use crate::worker::{Presence, Worker};
+
+pub(crate) mod opening;
+mod passthrough;
+
+use opening::Opening;
 
 /// Connections the kernel holds for us before they are accepted.
 const BACKLOG: i32 = 4096;
 
 /// After an accept failed for want of descriptors or memory.
-const BREATHER: Duration = Duration::from_millis(20);
+pub(crate) const BREATHER: Duration = Duration::from_millis(20);
 
 /// What every HTTP/2 connection begins with (RFC 9113 section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -103,14 +108,17 @@ fn admit(worker: &Rc<Worker>, tcp: TcpStream, peer: SocketAddr, tls: bool) {
 }
 
 /// Accepts once this worker has room; until then the kernel's queue holds the clients.
-async fn room_for_one(worker: &Worker, listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+pub(crate) async fn room_for_one(
+    worker: &Worker,
+    listener: &TcpListener,
+) -> io::Result<(TcpStream, SocketAddr)> {
     while worker.connections() >= worker.config.limits.connections {
         tokio::time::sleep(BREATHER).await;
     }
     listener.accept().await
 }
 
-fn is_exhaustion(error: &io::Error) -> bool {
+pub(crate) fn is_exhaustion(error: &io::Error) -> bool {
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     const ENOBUFS: i32 = 105;
@@ -125,15 +133,33 @@ async fn connection(worker: Rc<Worker>, presence: Presence, tcp: TcpStream, peer
     if tcp.set_nodelay(true).is_err() {
         return;
     }
-    if !tls {
-        let client = Client::new(peer, local, &worker.config.trusted, None);
-        return plaintext(worker, tcp, client, presence, counted).await;
+    let mut opening = Opening { tcp, source: peer, destination: local, input: Buffer::new() };
+    if let Some(expected) = &worker.config.proxy_protocol
+        && !Box::pin(opening.take_proxy_header(&worker, expected)).await
+    {
+        return;
     }
-    let Some((conn, tls, h2)) = handshake(&worker, tcp).await else { return };
-    let client = Client::new(peer, local, &worker.config.trusted, Some(tls));
-    counted.speaks(h2);
+    let Ok(_held) = worker.limiter.connect(opening.source.ip()) else {
+        return worker.metrics.address_limited.inc();
+    };
+    if !tls {
+        let Opening { tcp, source, destination, input } = opening;
+        let client = Client::new(source, destination, &worker.config.trusted, None);
+        return plaintext(worker, tcp, client, input, presence, counted).await;
+    }
+    let deadline = Instant::now() + worker.config.timeouts.handshake;
+    if worker.router().has_passthrough() {
+        // In a box, so that nobody else's connection is the larger for it.
+        match Box::pin(pass_through(&worker, opening, deadline, &mut counted)).await {
+            Some(ours) => opening = ours,
+            None => return,
+        }
+    }
+    // Boxed: the task keeps the size of its largest state, idle or not.
+    let Some((conn, client, h2)) = Box::pin(handshake(&worker, opening, deadline)).await else { return };
+    counted.speaks(if h2 { Speaks::Http2 } else { Speaks::Http1 });
     match h2 {
-        true => h2::serve(worker, conn, client, presence, Buffer::new()).await,
+        true => Box::pin(h2::serve(worker, conn, client, presence, Buffer::new())).await,
         false => h1::serve(worker, conn, client, presence, Buffer::new()).await,
     }
 }
@@ -142,20 +168,20 @@ async fn connection(worker: Rc<Worker>, presence: Presence, tcp: TcpStream, peer
 struct Counted {
     metrics: Arc<WorkerMetrics>,
     tls: bool,
-    http2: Option<bool>,
+    speaks: Option<Speaks>,
 }
 
 impl Counted {
     fn new(metrics: Arc<WorkerMetrics>, tls: bool) -> Counted {
         metrics.listener(tls).pending.inc();
-        Counted { metrics, tls, http2: None }
+        Counted { metrics, tls, speaks: None }
     }
 
-    fn speaks(&mut self, http2: bool) {
-        self.http2 = Some(http2);
+    fn speaks(&mut self, speaks: Speaks) {
+        self.speaks = Some(speaks);
         let listener = self.metrics.listener(self.tls);
         listener.pending.dec();
-        let protocol = listener.protocol(http2);
+        let protocol = listener.protocol(speaks);
         protocol.total.inc();
         protocol.open.inc();
     }
@@ -164,17 +190,39 @@ impl Counted {
 impl Drop for Counted {
     fn drop(&mut self) {
         let listener = self.metrics.listener(self.tls);
-        match self.http2 {
+        match self.speaks {
             None => listener.pending.dec(),
-            Some(http2) => listener.protocol(http2).open.dec(),
+            Some(speaks) => listener.protocol(speaks).open.dec(),
+        }
+    }
+}
+
+/// Serves a connection whose name is passed through; gives back any other.
+async fn pass_through(
+    worker: &Worker,
+    mut opening: Opening,
+    deadline: Instant,
+    counted: &mut Counted,
+) -> Option<Opening> {
+    match tokio::time::timeout_at(deadline, passthrough::asked(worker, &mut opening)).await {
+        Ok(None) => Some(opening),
+        Ok(Some(name)) => {
+            counted.speaks(Speaks::Passthrough);
+            passthrough::relay(worker, opening, &name).await;
+            None
+        }
+        Err(_) => {
+            worker.metrics.handshakes_failed.inc();
+            None
         }
     }
 }
 
 /// The TLS handshake, and whether the client chose HTTP/2.
-async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, bool)> {
-    let acceptor = worker.tls.acceptor();
-    let handshake = tokio::time::timeout(worker.config.timeouts.handshake, acceptor.accept(tcp)).await;
+async fn handshake(worker: &Worker, opening: Opening, deadline: Instant) -> Option<(Conn, Client, bool)> {
+    let Opening { tcp, source, destination, mut input } = opening;
+    let accepting = worker.tls.acceptor().accept_with(tcp, |session| feed(session, &mut input));
+    let handshake = tokio::time::timeout_at(deadline, accepting).await;
     let stream = match handshake {
         Ok(Ok(stream)) => stream,
         failed => {
@@ -198,7 +246,21 @@ async fn handshake(worker: &Worker, tcp: TcpStream) -> Option<(Conn, ClientTls, 
     };
     let certificate = Some(worker.tls.served_for(server_name.as_deref()));
     let tls = ClientTls { server_name, certificate, version };
-    Some((Conn::Tls(Box::new(stream.into())), tls, h2))
+    let client = Client::new(source, destination, &worker.config.trusted, Some(tls));
+    Some((Conn::Tls(Box::new(stream.into())), client, h2))
+}
+
+/// Lets a session begin with what was read already.
+fn feed(session: &mut rustls::ServerConnection, input: &mut Buffer) {
+    while !input.is_empty() {
+        let read = session.read_tls(&mut input.filled());
+        let Ok(read @ 1..) = read else { return };
+        input.consume(read);
+        if session.process_new_packets().is_err() {
+            // It keeps the error, and has an alert to send first.
+            return;
+        }
+    }
 }
 
 /// A plaintext connection: HTTP/2 if it begins with the preface, else HTTP/1.
@@ -206,17 +268,26 @@ async fn plaintext(
     worker: Rc<Worker>,
     tcp: TcpStream,
     client: Client,
+    mut input: Buffer,
     mut presence: Presence,
     mut counted: Counted,
 ) {
     let mut conn = Conn::Plain(tcp);
-    let mut input = Buffer::new();
     let mut timer = Timer::new(Instant::now() + worker.config.timeouts.keep_alive);
     let mut deadline = Instant::now() + worker.config.timeouts.header;
     loop {
+        let compared = input.len().min(PREFACE.len());
+        if input.filled()[..compared] != PREFACE[..compared] {
+            counted.speaks(Speaks::Http1);
+            return h1::serve(worker, conn, client, presence, input).await;
+        }
+        if compared == PREFACE.len() {
+            counted.speaks(Speaks::Http2);
+            return Box::pin(h2::serve(worker, conn, client, presence, input)).await;
+        }
         let draining = worker.is_draining();
         if draining {
-            deadline = deadline.min(Instant::now() + h1::DRAIN_IDLE);
+            deadline = worker.idle_until(deadline);
         }
         let filled = timer.within(
             deadline,
@@ -235,15 +306,6 @@ async fn plaintext(
             Ok(None) => continue,
             Ok(Some(Ok(n))) if n > 0 => {}
             _ => return,
-        }
-        let compared = input.len().min(PREFACE.len());
-        if input.filled()[..compared] != PREFACE[..compared] {
-            counted.speaks(false);
-            return h1::serve(worker, conn, client, presence, input).await;
-        }
-        if compared == PREFACE.len() {
-            counted.speaks(true);
-            return h2::serve(worker, conn, client, presence, input).await;
         }
     }
 }

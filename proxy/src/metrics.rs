@@ -16,6 +16,7 @@
 //! |---|---|
 //! | per process (connections, handshakes, rejections, …) | about 65, fixed |
 //! | per route | at most [`Metrics::MAX_ROUTES`] label sets and one shared by all beyond (its four labels are `other`); each 5 series, and 15 for every status class it has answered with |
+//! | per L4 listener | at most [`Metrics::MAX_LISTENERS`] and one shared by all beyond (`other`); each 10 series |
 //! | certificate expiry | at most [`Metrics::MAX_CERTIFICATES`], those that expire first |
 //! | `lockgate_objects` | kinds × states, both fixed in code |
 //!
@@ -23,6 +24,7 @@
 //! client or an autoscaler could make as many as it likes. A route's label set
 //! goes away [`Metrics::ROUTE_LINGER`] after the last table that names it.
 
+mod listener;
 mod route;
 mod worker;
 
@@ -36,12 +38,14 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::{self, LabelPair, MetricFamily, MetricType};
 use prometheus::{Registry, TEXT_FORMAT, TextEncoder};
 
+pub use self::listener::{ListenerSlot, ListenerStats};
 pub use self::route::{Outcome, RouteStats};
-pub use self::worker::{Breach, ConnectionMetrics, ProtocolMetrics, Reject, WorkerMetrics};
+pub use self::worker::{Breach, ConnectionMetrics, Protocol, ProtocolMetrics, Reject, WorkerMetrics};
 
+use self::listener::ListenerSet;
 use self::route::RouteSet;
 use crate::clock;
-use crate::table::{Origin, PoolKey};
+use crate::table::{ListenerKey, Origin, PoolKey};
 
 /// All metrics of one proxy. Shared by the workers, the publisher and the
 /// admin endpoint; a clone shows the same numbers.
@@ -67,6 +71,8 @@ impl Metrics {
     pub const MAX_ROUTES: usize = 10_000;
     /// Certificates whose expiry is shown.
     pub const MAX_CERTIFICATES: usize = 1_000;
+    /// L4 listeners that are told apart.
+    pub const MAX_LISTENERS: usize = 1_000;
     /// How long the counters of a route outlive the last table that names it:
     /// long enough to be scraped once more, and to survive an object that is
     /// deleted and applied again.
@@ -85,6 +91,7 @@ impl Metrics {
         let state = Arc::new(State {
             workers: (0..workers).map(|_| Arc::default()).collect(),
             routes: Mutex::new(RouteSet::new(workers, max_routes)),
+            listeners: Mutex::new(ListenerSet::new(workers, Metrics::MAX_LISTENERS)),
             generation: AtomicU64::new(0),
             published_at: AtomicU64::new(0),
             objects: Mutex::default(),
@@ -115,6 +122,12 @@ impl Metrics {
     /// tables. Takes a lock: for compiling a table, not for requests.
     pub fn route(&self, origin: &Origin, pool: &PoolKey, canary: &str) -> Arc<RouteStats> {
         lock(&self.state.routes).intern(origin, pool, canary, clock::now_ms())
+    }
+
+    /// The statistics of the L4 listener `key`; the same key gives the same ones, across tables. Takes a
+    /// lock: for compiling a table.
+    pub fn listener(&self, key: &ListenerKey) -> Arc<ListenerStats> {
+        lock(&self.state.listeners).intern(key)
     }
 
     /// The table that requests see now, counted from 1; called at each publish.
@@ -215,6 +228,7 @@ impl Gauge {
 struct State {
     workers: Vec<Arc<WorkerMetrics>>,
     routes: Mutex<RouteSet>,
+    listeners: Mutex<ListenerSet>,
     generation: AtomicU64,
     /// Milliseconds since the Unix epoch.
     published_at: AtomicU64,
@@ -243,6 +257,7 @@ impl Collector for Scrape {
         let state = &self.state;
         let mut families = worker::collect(&state.workers);
         families.extend(lock(&state.routes).collect(clock::now_ms()));
+        families.extend(lock(&state.listeners).collect());
         families.extend(process(state));
         families
     }
@@ -296,7 +311,10 @@ fn process(state: &State) -> Vec<MetricFamily> {
 }
 
 fn descriptions() -> Vec<Desc> {
-    let names = worker::described().chain(route::described()).chain(PROCESS_FAMILIES.iter().copied());
+    let names = worker::described()
+        .chain(route::described())
+        .chain(listener::described())
+        .chain(PROCESS_FAMILIES.iter().copied());
     names
         .filter_map(|(name, help, labels)| {
             let labels = labels.iter().map(|l| l.to_string()).collect();

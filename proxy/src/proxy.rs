@@ -1,23 +1,27 @@
 //! Starting and stopping: sockets bound, one thread per worker, drained at the end.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::runtime::LocalOptions;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use crate::access_log::{AccessLog, WorkerLog};
+use crate::access_log::{AccessLog, Reopener, WorkerLog};
 use crate::certificate::{Certificate, CertificateError};
 use crate::config::Config;
 use crate::endpoint::Endpoints;
+use crate::handover::{Estate, Inheritance, Sockets as NamedSockets};
+use crate::l4::{self, ListenerStates, Opener};
+use crate::limit::Limiter;
 use crate::listener;
 use crate::metrics::Metrics;
 use crate::router::{Live, Publisher, Routes, routes};
 use crate::tls::Tls;
+use crate::tls::tickets::TicketKeys;
 use crate::worker::{Parts, Worker};
 
 /// How often a worker looks after its pools and logs.
@@ -36,7 +40,12 @@ pub struct Proxy {
     config: Arc<Config>,
     live: Arc<Live>,
     routes: Routes,
+    /// True once connections are to be accepted.
+    open: watch::Sender<bool>,
     stop: watch::Sender<bool>,
+    /// Set before `stop` if another process has taken over: how long connections may take then.
+    relieved: Arc<OnceLock<Duration>>,
+    estate: Estate,
     /// A message from each worker that had to cut connections; closed when the last has ended.
     ended: mpsc::Receiver<()>,
     log: Option<AccessLog>,
@@ -79,7 +88,7 @@ fn hint(error: &io::Error) -> &'static str {
 }
 
 /// The listening sockets of one worker.
-type Sockets = Vec<(std::net::TcpListener, bool)>;
+type Sockets = Vec<(TcpListener, bool)>;
 
 impl Proxy {
     /// Binds every address and starts the workers. Nothing is served before the
@@ -88,12 +97,30 @@ impl Proxy {
     /// # Errors
     /// See [`StartError`]; nothing keeps running after one.
     pub fn start(config: Config) -> Result<(Proxy, Publisher), StartError> {
+        let (proxy, publisher) = Proxy::bind(config, &Inheritance::default())?;
+        proxy.open();
+        Ok((proxy, publisher))
+    }
+
+    /// As [`Proxy::start`], with what another process has left; but nothing is
+    /// accepted before [`Proxy::open`]. Until then clients wait in the kernel's queues.
+    ///
+    /// # Errors
+    /// See [`StartError`]; nothing keeps running after one.
+    pub fn bind(config: Config, inherited: &Inheritance) -> Result<(Proxy, Publisher), StartError> {
         let config = Arc::new(Config { workers: config.workers.max(1), ..config });
         let metrics = Metrics::new(config.workers);
-        let live = Arc::new(Live { endpoints: Endpoints::default(), metrics });
+        let live = Arc::new(Live {
+            endpoints: Endpoints::default(),
+            metrics,
+            listeners: ListenerStates::default(),
+            zone: config.zone.clone(),
+        });
         let (publisher, routes) = routes(live.clone());
         let default = Arc::new(Certificate::self_signed(&["lockgate.invalid"])?);
-        let tls = Tls::new(Arc::new(routes.clone()), default, &config.tls)?;
+        let tickets = Arc::new(TicketKeys::new(&inherited.tickets)?);
+        let tls = Tls::with_tickets(Arc::new(routes.clone()), default, &config.tls, tickets.clone())?;
+        let limiter = Arc::new(Limiter::new(&config.limits, config.workers));
         let (access_log, logs) = match &config.access_log {
             None => (None, Vec::new()),
             Some(log) => {
@@ -102,26 +129,61 @@ impl Proxy {
                 (Some(log), logs)
             }
         };
-        let (http, https, sockets) = bind_all(&config)?;
-        let (stop, _) = watch::channel(false);
+        let (http, https, sockets) = bind_all(&config, &inherited.sockets)?;
+        let taken = http.iter().chain(&https).copied().collect();
+        let commands = Opener::start(
+            publisher.listeners(),
+            config.workers,
+            taken,
+            inherited.sockets.clone(),
+            live.clone(),
+        );
+        let commands = commands.map_err(StartError::Thread)?;
+        let estate = Estate { sockets: inherited.sockets.clone(), tickets };
+        let ((open, _), (stop, _)) = (watch::channel(false), watch::channel(false));
+        let relieved = Arc::new(OnceLock::new());
         let (end, ended) = mpsc::channel(1);
         let mut logs = logs.into_iter();
-        for (index, sockets) in sockets.into_iter().enumerate() {
+        for (index, (sockets, commands)) in sockets.into_iter().zip(commands).enumerate() {
             let seed = Seed {
                 index,
                 config: config.clone(),
                 live: live.clone(),
                 tls: tls.clone(),
+                limiter: limiter.clone(),
                 routes: routes.clone(),
                 log: logs.next(),
+                commands,
                 https_port: https.first().map(SocketAddr::port),
+                open: open.subscribe(),
                 stop: stop.subscribe(),
+                relieved: relieved.clone(),
                 end: end.clone(),
             };
             let thread = std::thread::Builder::new().name(format!("lockgate-{index}"));
             thread.spawn(move || seed.run(sockets)).map_err(StartError::Thread)?;
         }
-        Ok((Proxy { http, https, config, live, routes, stop, ended, log: access_log }, publisher))
+        let log = access_log;
+        let proxy = Proxy { http, https, config, live, routes, open, stop, relieved, estate, ended, log };
+        Ok((proxy, publisher))
+    }
+
+    /// Begins to accept: the first table is published. Once is enough.
+    pub fn open(&self) {
+        self.open.send_replace(true);
+    }
+
+    /// Waits until every L4 listener of the live table is open, or has been tried.
+    pub async fn listening(&self) {
+        let router = self.routes.load_full();
+        let mut states = self.live.listeners.subscribe();
+        // Ends early only if the states do, which are of the proxy itself.
+        let _ = states.wait_for(|states| states.keys().eq(router.table().listeners.keys())).await;
+    }
+
+    /// What a process that takes over is given.
+    pub fn estate(&self) -> &Estate {
+        &self.estate
     }
 
     /// Where plaintext is served, with real ports.
@@ -149,14 +211,35 @@ impl Proxy {
         &self.routes
     }
 
+    /// For whoever hears that the access log's file was rotated.
+    pub fn access_log_reopener(&self) -> Reopener {
+        self.log.as_ref().map(AccessLog::reopener).unwrap_or_default()
+    }
+
     /// Stops: accepts on during the grace, then closes the listeners, lets
     /// connections finish, and returns when they have or the deadline passed.
     /// True when every connection finished by itself.
-    pub async fn drain(mut self) -> bool {
+    pub async fn drain(self) -> bool {
         tokio::time::sleep(self.config.drain.grace).await;
+        let deadline = self.config.drain.deadline;
+        self.finish(deadline).await
+    }
+
+    /// As [`Proxy::drain`], after another process has taken over: without grace,
+    /// and an idle connection may stay for as long as it could otherwise. The
+    /// next request on it is the last, and its answer says so.
+    pub async fn retire(self, deadline: Duration) -> bool {
+        // `self` is gone after this: it is set once.
+        let _ = self.relieved.set(deadline);
+        self.finish(deadline).await
+    }
+
+    async fn finish(mut self, deadline: Duration) -> bool {
+        // Or clients would go on connecting to sockets that nobody accepts from.
+        self.estate.sockets.forget_all();
         self.stop.send_replace(true);
         // Workers keep the deadline themselves; the extra second is for their threads to end.
-        let limit = self.config.drain.deadline + Duration::from_secs(1);
+        let limit = deadline + Duration::from_secs(1);
         let finished = async {
             let mut all = true;
             while self.ended.recv().await.is_some() {
@@ -181,18 +264,29 @@ impl Proxy {
     }
 }
 
-fn bind_all(config: &Config) -> Result<(Vec<SocketAddr>, Vec<SocketAddr>, Vec<Sockets>), StartError> {
+fn bind_all(
+    config: &Config,
+    named: &NamedSockets,
+) -> Result<(Vec<SocketAddr>, Vec<SocketAddr>, Vec<Sockets>), StartError> {
     let mut workers: Vec<Sockets> = (0..config.workers).map(|_| Vec::new()).collect();
     let mut bound = [Vec::new(), Vec::new()];
     for (tls, addresses) in [(false, &config.http), (true, &config.https)] {
         for &address in addresses {
             let failed = |source| StartError::Bind { address, source };
             let mut real = address;
-            for sockets in &mut workers {
-                let listener = listener::bind(real).map_err(failed)?;
+            let name = format!("{} {address}", if tls { "https" } else { "http" });
+            let mut inherited = named.take(&name).into_iter().map(TcpListener::from);
+            // Each has a queue of its own: with fewer workers than before, some have several.
+            for index in 0.. {
+                let listener = match inherited.next() {
+                    Some(listener) => listener,
+                    None if index < workers.len() => listener::bind(real).map_err(failed)?,
+                    None => break,
+                };
                 // Port 0 is resolved once; the other workers share what it became.
                 real = listener.local_addr().map_err(failed)?;
-                sockets.push((listener, tls));
+                named.keep(&name, &listener).map_err(failed)?;
+                workers[index % config.workers].push((listener, tls));
             }
             bound[usize::from(tls)].push(real);
         }
@@ -207,10 +301,15 @@ struct Seed {
     config: Arc<Config>,
     live: Arc<Live>,
     tls: Tls,
+    limiter: Arc<Limiter>,
     routes: Routes,
     log: Option<WorkerLog>,
+    /// Which L4 listeners to open and close.
+    commands: mpsc::Receiver<l4::Command>,
     https_port: Option<u16>,
+    open: watch::Receiver<bool>,
     stop: watch::Receiver<bool>,
+    relieved: Arc<OnceLock<Duration>>,
     /// Told if connections were cut, and dropped when the thread ends.
     end: mpsc::Sender<()>,
 }
@@ -225,12 +324,31 @@ impl Seed {
     }
 
     async fn serve(self, sockets: Sockets) {
-        let Seed { index, config, live, tls, routes, log, https_port, mut stop, end } = self;
+        let Seed {
+            index,
+            config,
+            live,
+            tls,
+            limiter,
+            routes,
+            log,
+            commands,
+            https_port,
+            mut open,
+            mut stop,
+            relieved,
+            end,
+        } = self;
         let metrics = live.metrics.worker(index);
         let deadline = config.drain.deadline;
         let routes = routes.cache();
-        let parts = Parts { index, config, metrics, tls, routes, log, https_port };
+        let parts = Parts { index, config, metrics, tls, limiter, routes, log, https_port };
         let worker = Worker::new(parts);
+        tokio::select! {
+            // Without the handle that opens, one that stops is gone as well.
+            _ = open.wait_for(|open| *open) => {}
+            _ = stop.wait_for(|stop| *stop) => {}
+        }
         let mut listening = Vec::new();
         for (listener, tls) in sockets {
             let accepting = listener::accept(worker.clone(), listener, tls, stop.clone());
@@ -240,17 +358,19 @@ impl Seed {
                 }
             }));
         }
+        listening.push(tokio::task::spawn_local(l4::serve(worker.clone(), commands, stop.clone())));
         let ticking = tokio::task::spawn_local(tick(worker.clone()));
         // An error means the proxy handle is gone: serve on until the process ends.
         if stop.wait_for(|stop| *stop).await.is_err() {
             std::future::pending::<()>().await;
         }
-        worker.drain();
+        let relieved = relieved.get();
+        worker.drain(relieved.is_some());
         for listening in listening {
             // It has ended by itself or reported why; what it left in the queue is counted now.
             let _ = listening.await;
         }
-        let last = Instant::now() + deadline;
+        let last = Instant::now() + *relieved.unwrap_or(&deadline);
         while worker.connections() > 0 && Instant::now() < last {
             tokio::time::sleep(DRAIN_TICK).await;
         }

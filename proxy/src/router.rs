@@ -2,21 +2,26 @@
 //! between generations wherever nothing changed, and live by one store.
 //!
 //! ```text
-//!  hosts:  exact ─► wildcard ─► any     two 256-way nodes by hash, then a compare
-//!            └─► path trie ─► rule ─► split ─► backend ─► pool slot
+//!  hosts:  exact ─► wildcard ─► any     1,024 tables by hash, then one entry:
+//!            └─► name, path trie ─► rule ─► split ─► backend ─► pool slot
 //!  pools:  slot ─► endpoints ─► live state     changing one compiles no host
 //! ```
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use imbl::OrdMap;
+use tokio::sync::watch;
 
 use crate::balance::CompiledPool;
 use crate::certificate::Certificate;
 use crate::endpoint::Endpoints;
-use crate::metrics::Metrics;
+use crate::l4::ListenerStates;
+use crate::metrics::{ListenerStats, Metrics};
+use crate::proxy_protocol;
 use crate::split::CompiledSplit;
-use crate::table::{Origin, PathMatch, PoolKey, RoutingTable, RuleLimits};
+use crate::table::{L4Listener, ListenerKey, Origin, PathMatch, PoolKey, RoutingTable, RuleLimits};
 use crate::tls::{Candidates, CertificateLookup};
 
 mod compile;
@@ -24,8 +29,8 @@ mod host_map;
 mod path_trie;
 mod slots;
 
-use host_map::ByHost;
-use path_trie::{PathTrie, PathTries};
+use host_map::{ByHost, Entry};
+use path_trie::SharedTries;
 use slots::{Numbers, Pools, Slots};
 
 /// What outlives generations: one per process.
@@ -35,6 +40,10 @@ pub struct Live {
     pub endpoints: Endpoints,
     /// Counters.
     pub metrics: Metrics,
+    /// Which L4 listeners are open, and why others are not.
+    pub listeners: ListenerStates,
+    /// Where this process runs, if that is known (`topology.kubernetes.io/zone`).
+    pub zone: Option<Arc<str>>,
 }
 
 /// One generation of hosts, rules, endpoints and certificates. A request that
@@ -43,23 +52,46 @@ pub struct Router {
     table: RoutingTable,
     generation: u64,
     hosts: ByHost<CompiledHost>,
+    passthrough: ByHost<CompiledPassthrough>,
     certificates: ByHost<Arc<Vec<Arc<Certificate>>>>,
+    listeners: OrdMap<ListenerKey, CompiledListener>,
     pools: Pools,
     slots: Slots,
     /// Of [`crate::balance::Turns`], for splits.
     turns: Numbers,
     /// One for all generations.
-    tries: Arc<PathTries>,
+    tries: Arc<SharedTries>,
     vacant: Arc<CompiledPool>,
 }
 
 /// The rules of one host.
 #[derive(Clone, Debug)]
 struct CompiledHost {
-    /// Shared by all hosts with the same paths, most of which stay in the cache for it.
-    paths: Arc<PathTrie>,
     /// Sorted by path, each path once; the trie names them by index.
     rules: Arc<[CompiledRule]>,
+    /// The trie of their paths, if other hosts have the same; else it is beside
+    /// the host. Boxed, because a pointer of one word makes the entry a line shorter.
+    trie: Option<Arc<Box<[u8]>>>,
+}
+
+impl Entry<CompiledHost> {
+    fn trie(&self) -> &[u8] {
+        match &self.value().trie {
+            Some(trie) => trie,
+            None => self.bytes(),
+        }
+    }
+}
+
+/// An L4 listener, ready to act on.
+#[derive(Clone, Debug)]
+pub struct CompiledListener {
+    /// What is asked of it.
+    pub desired: Arc<L4Listener>,
+    /// The argument of [`Router::pool`].
+    pub pool: u32,
+    /// What is counted.
+    pub stats: Arc<ListenerStats>,
 }
 
 /// What [`Router::find`] found.
@@ -88,6 +120,17 @@ pub struct CompiledRule {
     pub action: CompiledAction,
 }
 
+/// Where the TLS of a host goes unopened.
+#[derive(Clone, Debug)]
+pub struct CompiledPassthrough {
+    /// The argument of [`Router::pool`].
+    pub pool: u32,
+    /// `None` takes the process-wide value.
+    pub connect_timeout: Option<Duration>,
+    /// The PROXY header that endpoints want.
+    pub proxy_protocol: Option<proxy_protocol::Version>,
+}
+
 /// What a rule does with a request.
 #[derive(Clone, Debug)]
 pub enum CompiledAction {
@@ -109,7 +152,9 @@ impl Router {
             table: RoutingTable::default(),
             generation: 0,
             hosts: ByHost::default(),
+            passthrough: ByHost::default(),
             certificates: ByHost::default(),
+            listeners: OrdMap::new(),
             pools: Pools::default(),
             slots: Slots::default(),
             turns: Numbers::default(),
@@ -130,7 +175,9 @@ impl Router {
             table: self.table.clone(),
             generation: self.generation,
             hosts: self.hosts.clone(),
+            passthrough: self.passthrough.clone(),
             certificates: self.certificates.clone(),
+            listeners: self.listeners.clone(),
             pools: self.pools.clone(),
             slots: self.slots.clone(),
             turns: self.turns.clone(),
@@ -145,10 +192,23 @@ impl Router {
     /// one is not asked for the path.
     pub fn find(&self, host: &str, path: &[u8]) -> Found<'_> {
         let Some(host) = self.hosts.find(host) else { return Found::NoHost };
-        match host.paths.find(path) {
-            Some(rule) => Found::Rule(&host.rules[rule as usize]),
+        match path_trie::find(host.trie(), path) {
+            Some(rule) => Found::Rule(&host.value().rules[rule as usize]),
             None => Found::NoPath,
         }
+    }
+
+    /// Whether any host is passed through: only then is it worth asking which.
+    pub fn has_passthrough(&self) -> bool {
+        !self.table.passthrough.is_empty()
+    }
+
+    /// Where TLS for an SNI name (lower case, no trailing dot) goes unopened.
+    /// `None`: it ends here, as it does for an exact host with rules below a
+    /// wildcard that is passed through.
+    pub fn passthrough(&self, server_name: &str) -> Option<&CompiledPassthrough> {
+        let (found, exact) = self.passthrough.find_named(server_name)?;
+        (exact || !self.hosts.has_exact(server_name)).then_some(found.value())
     }
 
     /// The pool in `slot`, as found in a [`crate::split::CompiledBackend`] of this router.
@@ -156,16 +216,26 @@ impl Router {
         self.pools.get(slot).unwrap_or(&self.vacant)
     }
 
+    /// As [`Router::pool`], to be held beyond this generation.
+    pub(crate) fn share_pool(&self, slot: u32) -> Arc<CompiledPool> {
+        self.pools.share(slot).unwrap_or_else(|| self.vacant.clone())
+    }
+
     /// The pool that `key` names, if the table or a rule does.
     pub fn pool_by_key(&self, key: &PoolKey) -> Option<&CompiledPool> {
         self.slots.get(key).map(|slot| self.pool(slot))
+    }
+
+    /// What becomes of what arrives at an L4 listener; `None` once it is no longer in the table.
+    pub fn listener(&self, key: &ListenerKey) -> Option<&CompiledListener> {
+        self.listeners.get(key)
     }
 
     /// Certificates for an SNI name (lower case, no trailing dot): the host's
     /// own, else the wildcard's one label up, else any host's. `None`: use
     /// [`RoutingTable::default_certificate`].
     pub fn certificates(&self, server_name: &str) -> Option<&[Arc<Certificate>]> {
-        self.certificates.find(server_name).map(|certificates| certificates.as_slice())
+        self.certificates.find(server_name).map(|entry| entry.value().as_slice())
     }
 
     /// What this was compiled from.
@@ -182,7 +252,8 @@ impl Router {
 /// The two halves of what is live: who publishes, and everyone who reads.
 pub fn routes(live: Arc<Live>) -> (Publisher, Routes) {
     let routes = Routes(Arc::new(ArcSwap::from_pointee(Router::empty())));
-    (Publisher { live, routes: routes.clone(), retired: Vec::new() }, routes)
+    let (listeners, _) = watch::channel(Listeners::default());
+    (Publisher { live, routes: routes.clone(), retired: Vec::new(), listeners }, routes)
 }
 
 /// The read half.
@@ -236,7 +307,12 @@ pub struct Publisher {
     /// Generations that some worker may hold. Whoever lets go of one last
     /// frees it; kept here until no other does, that is never a worker.
     retired: Vec<Arc<Router>>,
+    /// For whoever opens and closes them.
+    listeners: watch::Sender<Listeners>,
 }
+
+/// The L4 listeners of a table.
+pub(crate) type Listeners = OrdMap<ListenerKey, Arc<L4Listener>>;
 
 impl Publisher {
     /// Makes `table` live: compiles, then stores once. Returns the generation
@@ -251,7 +327,19 @@ impl Publisher {
         let generation = next.generation();
         self.routes.0.store(Arc::new(next));
         self.retired.push(current);
+        // After the store: a connection to a new listener finds it in the table.
+        let listeners = &self.routes.0.load().table().listeners.clone();
+        self.listeners.send_if_modified(|known| {
+            let differs = !known.ptr_eq(listeners) && known != listeners;
+            known.clone_from(listeners);
+            differs
+        });
         generation
+    }
+
+    /// The L4 listeners that should be open.
+    pub(crate) fn listeners(&self) -> watch::Receiver<Listeners> {
+        self.listeners.subscribe()
     }
 
     /// Frees old generations that no worker holds any more. Publishing does it

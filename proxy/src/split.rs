@@ -6,10 +6,13 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use crate::balance::{BUCKETS, Turns, scale, schedule};
+use crate::balance::affinity::{self, backend_tag};
+use crate::balance::hash::Subject;
+use crate::balance::{BUCKETS, Seat, Steer, Turns, scale, schedule};
+use crate::clock;
 use crate::metrics::RouteStats;
 use crate::router::Router;
-use crate::table::{Backend, Override, PoolKey, Split, Sticky, When};
+use crate::table::{Backend, Override, PathMatch, PoolKey, Session, Split, Steering, Sticky, When};
 use crate::view::RequestView;
 
 /// Bytes that one compiled pattern, and separately its lazily built automaton, may take.
@@ -38,6 +41,24 @@ pub struct CompiledBackend {
     pub canary: Arc<str>,
     /// Its counters.
     pub stats: Arc<RouteStats>,
+    /// As in the table.
+    pub steering: Option<Arc<Steering>>,
+}
+
+impl CompiledBackend {
+    fn session(&self) -> Option<&Session> {
+        match self.steering.as_deref() {
+            Some(Steering::Session(session)) => Some(session),
+            _ => None,
+        }
+    }
+
+    /// Whether the request has a session with this very backend.
+    fn holds(&self, view: &impl RequestView) -> bool {
+        let session = self.session().filter(|session| session.holds_backend);
+        let cookie = session.and_then(|session| affinity::parse(view.cookie(&session.cookie)?));
+        cookie.is_some_and(|(_, tag)| tag == backend_tag(&self.pool_key.0))
+    }
 }
 
 /// Who takes a request.
@@ -50,8 +71,55 @@ pub struct Choice {
 }
 
 impl CompiledSplit {
+    /// Which endpoint of the chosen backend the request names.
+    pub(crate) fn steer(
+        &self,
+        choice: Choice,
+        router: &Router,
+        subject: &Subject<'_, impl RequestView>,
+        turns: &Turns,
+    ) -> Steer {
+        let backend = &self.backends[choice.backend];
+        let Some(steering) = &backend.steering else { return Steer::Free };
+        let pool = router.pool(backend.pool);
+        match (&**steering, &pool.seats) {
+            (_, None) => Steer::Free,
+            (Steering::Hash(by), Some(seats)) => {
+                let mut key = turns.scratch.borrow_mut();
+                key.clear();
+                subject.write_key(by, &mut key);
+                Steer::Ring { position: seats.ring.position(&key), subset: by.subset }
+            }
+            (Steering::Session(session), Some(_)) => {
+                let tag = backend_tag(&backend.pool_key.0);
+                let (https, now_ms) = (subject.https, clock::now_ms());
+                Steer::Seat(Seat::of(session, tag, pool, subject.view, https, turns, now_ms))
+            }
+        }
+    }
+
+    /// The header lines that the answer of endpoint `served` (by id) needs.
+    pub(crate) fn cookie_lines(
+        &self,
+        choice: Choice,
+        steer: &Steer,
+        path: &PathMatch,
+        served: u64,
+        router: &Router,
+        turns: &Turns,
+    ) -> SmallVec<[u8; 256]> {
+        let mut lines = self.bucket_line(choice);
+        let backend = &self.backends[choice.backend];
+        if let (Steer::Seat(seat), Some(session)) = (steer, backend.session()) {
+            let pool = router.pool(backend.pool);
+            let tag = backend_tag(&backend.pool_key.0);
+            seat.write_cookie(session, tag, pool, path, served, turns, &mut lines);
+        }
+        lines
+    }
+
     /// The header line that gives a new user its bucket; empty when there is none to give.
-    pub(crate) fn bucket_line(&self, choice: Choice) -> SmallVec<[u8; 128]> {
+    fn bucket_line(&self, choice: Choice) -> SmallVec<[u8; 256]> {
         let mut line = SmallVec::new();
         let cookie = self.sticky.as_ref().map(|sticky| &sticky.by);
         if let (Some(Sticky::Cookie(name)), Some(bucket)) = (cookie, choice.set_bucket) {
@@ -94,7 +162,8 @@ impl CompiledSplit {
         self.backends.len() == 1
     }
 
-    /// Overrides in their order, then the sticky bucket, then the weights. A
+    /// A session's backend, then overrides in their order, then the sticky
+    /// bucket, then the weights. A
     /// canary whose pool in `router` has no endpoints leaves the request to
     /// the primary. (ingress-nginx, `route_to_alternative_balancer`; `never`
     /// there ends the search, which with one canary is the same.)
@@ -102,7 +171,11 @@ impl CompiledSplit {
         if self.is_single() {
             return Choice { backend: 0, set_bucket: None };
         }
-        let mut choice = self.decide(view, turns);
+        let held = self.backends.iter().position(|backend| backend.holds(view));
+        let mut choice = match held {
+            Some(backend) => Choice { backend, set_bucket: None },
+            None => self.decide(view, turns),
+        };
         if router.pool(self.backends[choice.backend].pool).endpoints.is_empty() {
             choice.backend = 0;
         }

@@ -5,14 +5,23 @@
 //! shares all others with its predecessor, and the difference between two
 //! tables costs what changed, not what exists.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use imbl::OrdMap;
+use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::certificate::Certificate;
+use crate::proxy_protocol;
+
+mod steering;
+
+pub use steering::{
+    Affinity, HashBy, HealthCheck, KeyPart, NamingKey, Probe, SameSite, Session, Steering, Variable,
+};
 
 /// Everything the proxy should serve. Made by the controller, compiled by
 /// [`crate::Router`].
@@ -23,10 +32,17 @@ pub struct RoutingTable {
     pub hosts: OrdMap<HostPattern, Arc<Host>>,
     /// Endpoints by the key that rules name. A key without an entry answers 503.
     pub pools: OrdMap<PoolKey, Arc<Pool>>,
+    /// Hosts whose TLS is passed to an endpoint unopened, by the name in the
+    /// handshake. An exact host of `hosts` is more precise than a wildcard here.
+    #[serde(skip_serializing_if = "OrdMap::is_empty")]
+    pub passthrough: OrdMap<HostPattern, Arc<Passthrough>>,
     /// Certificates by host pattern, at most one per key algorithm.
     pub certificates: OrdMap<HostPattern, Arc<Vec<Arc<Certificate>>>>,
     /// For a client whose SNI matches nothing. `None`: a self-signed one made at start.
     pub default_certificate: Option<Arc<Certificate>>,
+    /// TCP and UDP ports that are relayed as they are. They open and close as the table says.
+    #[serde(skip_serializing_if = "OrdMap::is_empty")]
+    pub listeners: OrdMap<ListenerKey, Arc<L4Listener>>,
 }
 
 /// A host as written in a rule, lower case, without port: `shop.example`,
@@ -157,6 +173,9 @@ pub struct Backend {
     /// The canary this backend is, by object name; empty for the primary.
     #[serde(skip_serializing_if = "str::is_empty")]
     pub canary: Arc<str>,
+    /// What of a request names its endpoint; `None`: [`Pool::balance`] chooses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steering: Option<Arc<Steering>>,
 }
 
 /// A request property that decides before the weights do.
@@ -210,11 +229,66 @@ pub struct RuleLimits {
     /// Largest request body in bytes, answered 413 beyond; `Some(0)` is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_body: Option<u64>,
+    /// What each client may do at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_client: Option<Arc<ClientLimits>>,
 }
 
 impl RuleLimits {
     fn is_default(&self) -> bool {
         *self == RuleLimits::default()
+    }
+}
+
+/// Where the TLS of a host goes unopened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Passthrough {
+    /// Where its endpoints are. What they speak is theirs and the client's to know.
+    pub pool: PoolKey,
+    /// Who asked for it.
+    pub origin: Arc<Origin>,
+    /// Until a connection to an endpoint is established; `None` takes the process-wide value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connect_timeout: Option<Duration>,
+    /// Tell the endpoint by a PROXY header who the client is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<proxy_protocol::Version>,
+}
+
+/// What each client may do at most; IPv6 clients are /64s. Answered with
+/// [`crate::config::Limits::rate_status`] and
+/// [`crate::config::Limits::requests_status`] beyond.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ClientLimits {
+    /// Names the accounts: rules with the same zone share them.
+    pub zone: Arc<str>,
+    /// Requests under way at the same time, tunnels included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub requests: Option<u32>,
+    /// All of them hold, in this order, behind `requests`: what one refuses is not charged
+    /// to those behind it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rates: Vec<Rate>,
+    /// Clients that are not limited.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub exempt: Vec<IpNet>,
+}
+
+/// So many requests in a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Rate {
+    /// At least 1.
+    pub requests: u32,
+    /// In this time.
+    pub per: Duration,
+    /// How many may come before their time.
+    pub burst: u32,
+}
+
+impl Rate {
+    /// Nanoseconds from one request to the next.
+    pub(crate) fn interval_ns(&self) -> u64 {
+        self.per.as_nanos() as u64 / u64::from(self.requests.max(1))
     }
 }
 
@@ -233,6 +307,21 @@ pub struct Pool {
     pub balance: Balance,
     /// Those that may receive new requests, sorted by address, each once.
     pub endpoints: Vec<Endpoint>,
+    /// Set if some backend has [`Backend::steering`]: what session cookies
+    /// name endpoints with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seating: Option<NamingKey>,
+    /// Endpoints of the proxy's own zone first, as long as they are not too
+    /// few for their zone's part of the requests.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub prefer_zone: bool,
+    /// A new or recovered endpoint comes to its full share over this time,
+    /// from a tenth of it. `None`: at once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slow_start: Option<Duration>,
+    /// How its endpoints are probed. `None`: they are not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub check: Option<Arc<HealthCheck>>,
 }
 
 /// What an endpoint speaks.
@@ -248,6 +337,10 @@ pub enum UpstreamProtocol {
     Https,
     /// TLS, HTTP/2 by ALPN.
     H2,
+    /// Whatever the client speaks, over TCP: only for [`L4Listener::pool`].
+    Tcp,
+    /// Datagrams: only for [`L4Listener::pool`].
+    Udp,
 }
 
 /// How an endpoint is chosen.
@@ -259,6 +352,13 @@ pub enum Balance {
     RoundRobin,
     /// The less loaded of two taken at random (requests in flight over weight).
     LeastRequest,
+    /// The better of two taken at random: latency, as a decaying average that
+    /// follows peaks at once, times requests in flight over weight
+    /// (ingress-nginx's `ewma`, with a decay of 10 s).
+    Ewma,
+    /// The least loaded of all (in flight over weight): for pools that carry
+    /// few, long connections, as TCP does. Costs a look at every endpoint.
+    LeastConnections,
 }
 
 /// One address that serves.
@@ -271,4 +371,79 @@ pub struct Endpoint {
     /// `topology.kubernetes.io/zone` of its node.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zone: Option<Arc<str>>,
+}
+
+/// What an L4 listener listens on; as text `tcp/0.0.0.0:9000`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ListenerKey {
+    /// TCP or UDP: a port of one has nothing to do with the same port of the other.
+    pub transport: Transport,
+    /// Unspecified (`0.0.0.0`, `[::]`) for every address of the host. Port 0 takes a free one.
+    pub address: SocketAddr,
+}
+
+impl fmt::Display for ListenerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.transport.as_str(), self.address)
+    }
+}
+
+impl Serialize for ListenerKey {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// What carries the bytes of an L4 listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    /// Connections.
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
+impl Transport {
+    /// `tcp` or `udp`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Transport::Tcp => "tcp",
+            Transport::Udp => "udp",
+        }
+    }
+}
+
+/// Where the connections or flows of one port go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct L4Listener {
+    /// Its endpoints. Without any, connections are reset and datagrams dropped.
+    pub pool: PoolKey,
+    /// Who asked for it.
+    pub origin: Arc<Origin>,
+    /// Whether the client's address travels in front of the bytes; of TCP only.
+    #[serde(skip_serializing_if = "ProxyProtocol::is_off")]
+    pub proxy_protocol: ProxyProtocol,
+    /// A connection or flow on which nobody speaks ends after this long; `None`: the process-wide value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_timeout: Option<Duration>,
+    /// Datagrams expected in response to each one of a client, of UDP; `None`: the process-wide value.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub responses: Option<u32>,
+}
+
+/// The PROXY protocol at an L4 listener.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ProxyProtocol {
+    /// Every connection begins with a header that says who the client is.
+    pub accept: bool,
+    /// Every connection to an endpoint does, in this version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub send: Option<proxy_protocol::Version>,
+}
+
+impl ProxyProtocol {
+    fn is_off(&self) -> bool {
+        *self == ProxyProtocol::default()
+    }
 }

@@ -3,7 +3,8 @@
 //!
 //! One [`Tls`] serves all workers, so a session begun on one resumes on any.
 //! Tickets are stateless: the server keeps nothing, the keys are random,
-//! rotate every six hours and are never written anywhere. A ticket is bound to
+//! rotate every six hours and go nowhere but to the process that takes over in
+//! an upgrade. A ticket is bound to
 //! the SNI it was issued for (RFC 6066 section 3; rustls compares it before it
 //! resumes), so it cannot carry a session from one host's certificate to
 //! another's. Rotating a certificate does not end its sessions: a ticket
@@ -22,7 +23,9 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::certificate::{Certificate, without_dot};
 use crate::table::HostPattern;
+use tickets::TicketKeys;
 
+pub(crate) mod tickets;
 mod upstream;
 
 pub use upstream::client_config;
@@ -77,6 +80,16 @@ impl Tls {
         default: Arc<Certificate>,
         options: &TlsOptions,
     ) -> Result<Tls, rustls::Error> {
+        Tls::with_tickets(lookup, default, options, Arc::new(TicketKeys::new(&[])?))
+    }
+
+    /// As [`Tls::new`], with ticket keys that others may hold, too.
+    pub(crate) fn with_tickets(
+        lookup: Arc<dyn CertificateLookup>,
+        default: Arc<Certificate>,
+        options: &TlsOptions,
+        tickets: Arc<TicketKeys>,
+    ) -> Result<Tls, rustls::Error> {
         let versions: &[&'static SupportedProtocolVersion] = match options.min_version {
             TlsVersion::Tls12 => &[&version::TLS13, &version::TLS12],
             TlsVersion::Tls13 => &[&version::TLS13],
@@ -88,7 +101,7 @@ impl Tls {
             .with_cert_resolver(resolver.clone());
         config.alpn_protocols = alpn(options.http2);
         config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.ticketer = aws_lc_rs::Ticketer::new()?;
+        config.ticketer = tickets;
         config.send_tls13_tickets = 2;
         // 0-RTT data can be replayed (RFC 8446 section 8), and a proxy cannot
         // know which requests bear that.

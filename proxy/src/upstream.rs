@@ -124,11 +124,25 @@ impl Upstreams {
         Ok(Peer { conn: opened?, open: Open::new(self.metrics.clone()), busy: None })
     }
 
+    /// As [`Upstreams::connect`], but for bytes that are not ours to understand:
+    /// whatever the endpoint speaks, nothing is spoken here.
+    pub(crate) async fn connect_tcp(&self, upstream: &Upstream) -> io::Result<Peer> {
+        let tcp = open_tcp(upstream).await;
+        if tcp.is_err() {
+            self.metrics.upstream_failed.inc();
+        }
+        Ok(Peer { conn: Conn::Plain(tcp?), open: Open::new(self.metrics.clone()), busy: None })
+    }
+
     async fn open(&self, upstream: &Upstream) -> io::Result<Conn> {
-        let tcp = TcpStream::connect(upstream.live.address).await?;
-        tcp.set_nodelay(true)?;
+        let tcp = open_tcp(upstream).await?;
         let connector = match upstream.live.protocol {
-            UpstreamProtocol::Http1 | UpstreamProtocol::H2c => return Ok(Conn::Plain(tcp)),
+            UpstreamProtocol::Http1
+            | UpstreamProtocol::H2c
+            | UpstreamProtocol::Tcp
+            | UpstreamProtocol::Udp => {
+                return Ok(Conn::Plain(tcp));
+            }
             UpstreamProtocol::Https => &self.http1_tls,
             UpstreamProtocol::H2 => &self.h2_tls,
         };
@@ -174,6 +188,12 @@ impl Upstreams {
             named || Rc::strong_count(upstream) > 1 || !upstream.h2.is_idle()
         });
     }
+}
+
+async fn open_tcp(upstream: &Upstream) -> io::Result<TcpStream> {
+    let tcp = TcpStream::connect(upstream.live.address).await?;
+    tcp.set_nodelay(true)?;
+    Ok(tcp)
 }
 
 impl Upstream {

@@ -4,17 +4,23 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Waker;
+use std::time::Duration;
 
 use slab::Slab;
+use tokio::time::Instant;
 
 use crate::access_log::WorkerLog;
 use crate::balance::Turns;
 use crate::clock;
 use crate::config::Config;
+use crate::limit::Limiter;
 use crate::metrics::WorkerMetrics;
 use crate::router::{Router, RouterCache};
 use crate::tls::Tls;
 use crate::upstream::Upstreams;
+
+/// How long an idle connection may still ask something once a drain has begun.
+const DRAIN_IDLE: Duration = Duration::from_secs(2);
 
 /// Shared by the connections of one worker, through an `Rc`.
 pub(crate) struct Worker {
@@ -24,6 +30,7 @@ pub(crate) struct Worker {
     pub(crate) turns: Turns,
     pub(crate) upstreams: Upstreams,
     pub(crate) tls: Tls,
+    pub(crate) limiter: Arc<Limiter>,
     pub(crate) random: RefCell<fastrand::Rng>,
     /// For a path that has to be rewritten before it is matched.
     pub(crate) scratch: RefCell<Vec<u8>>,
@@ -33,6 +40,8 @@ pub(crate) struct Worker {
     routes: RefCell<RouterCache>,
     generation: RefCell<Rc<Generation>>,
     draining: Cell<bool>,
+    /// While draining: how long a client that is idle may still ask something.
+    drain_idle: Cell<Duration>,
     idle: RefCell<Slab<Waker>>,
     connections: Cell<usize>,
 }
@@ -55,6 +64,7 @@ pub(crate) struct Parts {
     pub(crate) config: Arc<Config>,
     pub(crate) metrics: Arc<WorkerMetrics>,
     pub(crate) tls: Tls,
+    pub(crate) limiter: Arc<Limiter>,
     pub(crate) routes: RouterCache,
     pub(crate) log: Option<WorkerLog>,
     pub(crate) https_port: Option<u16>,
@@ -62,7 +72,7 @@ pub(crate) struct Parts {
 
 impl Worker {
     pub(crate) fn new(parts: Parts) -> Rc<Worker> {
-        let Parts { index, config, metrics, tls, mut routes, log, https_port } = parts;
+        let Parts { index, config, metrics, tls, limiter, mut routes, log, https_port } = parts;
         let generation = RefCell::new(Rc::new(Generation(routes.load().clone())));
         let idle_ms = config.timeouts.idle_upstream.as_millis() as u64;
         Rc::new(Worker {
@@ -72,6 +82,7 @@ impl Worker {
             metrics,
             turns: Turns::for_worker(index as u32),
             tls,
+            limiter,
             random: RefCell::new(fastrand::Rng::new()),
             scratch: RefCell::default(),
             log: RefCell::new(log),
@@ -79,6 +90,7 @@ impl Worker {
             routes: RefCell::new(routes),
             generation,
             draining: Cell::new(false),
+            drain_idle: Cell::new(DRAIN_IDLE),
             idle: RefCell::default(),
             connections: Cell::new(0),
         })
@@ -99,9 +111,19 @@ impl Worker {
         self.draining.get()
     }
 
-    /// Tells every connection to finish: idle ones are woken to close.
-    pub(crate) fn drain(&self) {
+    /// Until when a connection that is idle now may stay, once a drain has begun.
+    pub(crate) fn idle_until(&self, deadline: Instant) -> Instant {
+        deadline.min(Instant::now() + self.drain_idle.get())
+    }
+
+    /// Tells every connection to finish: idle ones are woken to close soon, or,
+    /// if another process has taken over, when their time is up anyway: a client
+    /// may be about to use one.
+    pub(crate) fn drain(&self, relieved: bool) {
         self.draining.set(true);
+        if relieved {
+            self.drain_idle.set(self.config.timeouts.keep_alive);
+        }
         for (_, waker) in self.idle.borrow().iter() {
             waker.wake_by_ref();
         }

@@ -246,7 +246,12 @@ fn canary_table() -> RoutingTable {
         split.backends = pools
             .iter()
             .zip(weights)
-            .map(|(pool, &weight)| Backend { pool: toy::key(pool), weight, canary: pool[8..11].into() })
+            .map(|(pool, &weight)| Backend {
+                pool: toy::key(pool),
+                weight,
+                canary: pool[8..11].into(),
+                steering: None,
+            })
             .collect();
         split.overrides = when.map(|when| Override { backend: 1, when }).into_iter().collect();
         split.sticky = sticky;

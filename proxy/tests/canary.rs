@@ -61,6 +61,7 @@ fn split(weights: &[u32]) -> Split {
         pool: toy::key(name),
         weight: *weight,
         canary: if *name == "primary" { "".into() } else { (*name).into() },
+        steering: None,
     };
     Split { backends: NAMES.iter().zip(weights).map(backend).collect(), overrides: Vec::new(), sticky: None }
 }

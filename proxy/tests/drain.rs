@@ -249,6 +249,35 @@ fn with_nothing_open_a_drain_is_over_at_once() {
     assert!(drain(proxy).join().unwrap());
 }
 
+/// Another process accepts by now: nobody is in a hurry, and a client that is
+/// about to ask must not find its connection closed.
+#[test]
+fn a_process_that_was_relieved_does_not_close_what_is_idle() {
+    let (proxy, _publisher) = proxy_to(&[says("ok")]);
+    let address = proxy.http_addrs()[0];
+    let (mut idle, mut silent) = (connect(address), connect(address));
+    get(&mut idle, "/");
+    assert_eq!(read_response(&mut idle).1, "ok");
+    await_accepted(&proxy, 2);
+    let retired = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(proxy.retire(PATIENCE))
+    });
+    while TcpStream::connect(address).is_ok() {}
+    // Longer than a drain lets it be.
+    idle.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+    assert_eq!(idle.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    idle.set_read_timeout(Some(PATIENCE)).unwrap();
+    for client in [&mut idle, &mut silent] {
+        get(client, "/");
+        let (head, body) = read_response(client);
+        assert!(head.contains("\r\nConnection: close\r\n"), "{head}");
+        assert_eq!(body, "ok");
+        assert_eq!(rest(client), b"");
+    }
+    assert!(retired.join().unwrap());
+}
+
 /// RFC 9113 section 6.8: a goodbye that still takes what is on its way, and one that names the last.
 #[test]
 fn an_http2_client_is_told_twice() {

@@ -85,6 +85,30 @@ fn a_trusted_peer_is_believed() {
     assert!(!lines.concat().contains("6.6.6.6") && !lines.concat().contains("evil"), "{lines:?}");
 }
 
+/// Lines of one list are joined in their order: the last address is what the peer saw itself.
+#[test]
+fn several_lines_of_a_trusted_peer_are_one_list() {
+    let (_proxy, _publisher, address) = trusting(&["127.0.0.0/8"], "127.0.0.1:0");
+    for (lines, chain, real) in [
+        (&["1.1.1.1", "2.2.2.2"][..], "1.1.1.1, 2.2.2.2, 127.0.0.1", "2.2.2.2"),
+        (
+            &["1.1.1.1, 2.2.2.2", "3.3.3.3, 4.4.4.4"],
+            "1.1.1.1, 2.2.2.2, 3.3.3.3, 4.4.4.4, 127.0.0.1",
+            "4.4.4.4",
+        ),
+        (
+            &["1.1.1.1", "2.2.2.2", "3.3.3.3", "nobody"],
+            "1.1.1.1, 2.2.2.2, 3.3.3.3, nobody, 127.0.0.1",
+            "127.0.0.1",
+        ),
+    ] {
+        let claims: String = lines.iter().map(|line| format!("X-Forwarded-For: {line}\r\n")).collect();
+        let lines = received(address, &claims);
+        assert_eq!(value(&lines, "X-Forwarded-For"), [chain]);
+        assert_eq!(value(&lines, "X-Real-IP"), [real]);
+    }
+}
+
 #[test]
 fn nonsense_of_a_trusted_peer_is_replaced() {
     let (_proxy, _publisher, address) = trusting(&["127.0.0.1/32"], "127.0.0.1:0");

@@ -144,6 +144,7 @@ async fn heads_are_translated() {
                 }
                 UpstreamProtocol::H2c => has("GET http://a.example/head?q=1"),
                 UpstreamProtocol::H2 => has("GET https://a.example/head?q=1"),
+                UpstreamProtocol::Tcp | UpstreamProtocol::Udp => unreachable!("speaks no HTTP"),
             }
             let scheme = if matches!(comes, Comes::Https | Comes::H2) { "https" } else { "http" };
             has("te: trailers");

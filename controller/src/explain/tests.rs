@@ -14,6 +14,7 @@ fn split(backends: &[(&str, u32)]) -> Split {
         pool: PoolKey((*pool).into()),
         weight: *weight,
         canary: if index == 0 { "".into() } else { format!("canary-{index}").into() },
+        steering: None,
     };
     let backends = backends.iter().enumerate().map(backend).collect();
     Split { backends, overrides: Vec::new(), sticky: None }

@@ -33,7 +33,7 @@ pub(super) fn split(primary: PoolKey, members: &[Member<'_>]) -> (Split, Vec<(us
     });
     let scale = scale.min(FINEST.max(members.iter().map(|m| u64::from(m.canary.total)).max().unwrap_or(1)));
     let mut left = scale;
-    let mut backends = vec![Backend { pool: primary, weight: 0, canary: "".into() }];
+    let mut backends = vec![Backend { pool: primary, weight: 0, canary: "".into(), steering: None }];
     let mut overrides = Vec::new();
     let mut sticky = None;
     for (index, member) in members.iter().enumerate() {
@@ -48,7 +48,12 @@ pub(super) fn split(primary: PoolKey, members: &[Member<'_>]) -> (Split, Vec<(us
         }
         left -= weight;
         let weight = narrow(weight);
-        backends.push(Backend { pool: member.pool.clone(), weight, canary: member.name.clone() });
+        backends.push(Backend {
+            pool: member.pool.clone(),
+            weight,
+            canary: member.name.clone(),
+            steering: None,
+        });
         overrides.extend(canary.when.iter().map(|when| Override { backend: index + 1, when: when.clone() }));
         match (&sticky, &canary.sticky) {
             (None, wish) => sticky = wish.clone(),

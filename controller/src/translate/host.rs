@@ -32,6 +32,8 @@ impl PoolId {
             Some(UpstreamProtocol::H2c) => "#h2c",
             Some(UpstreamProtocol::Https) => "#https",
             Some(UpstreamProtocol::H2) => "#h2",
+            Some(UpstreamProtocol::Tcp) => "#tcp",
+            Some(UpstreamProtocol::Udp) => "#udp",
         };
         PoolKey(format!("{}:{}{protocol}", self.service, self.port).into())
     }
@@ -252,7 +254,7 @@ impl<'a> Builder<'a> {
             Target::Service { service, port } => self.pool(draft.plan, service, port, protocol),
         };
         if canaries.is_empty() {
-            let backends = vec![Backend { pool: primary, weight: 1, canary: "".into() }];
+            let backends = vec![Backend { pool: primary, weight: 1, canary: "".into(), steering: None }];
             return Action::Forward(Split { backends, overrides: Vec::new(), sticky: None });
         }
         let mut members = Vec::with_capacity(canaries.len());

@@ -10,6 +10,7 @@ use lockgate_proxy::table::{Balance, Endpoint, HostPattern, Pool, PoolKey, Upstr
 use super::endpoints::{Index, Selected, toggle};
 use super::host::PoolId;
 use super::plan::Age;
+use super::streams::{self, Streams};
 use super::{Desired, put, set_status};
 use crate::objects::{Kind, Notice, PortRef, Protocol, Service, ServicePort};
 use crate::store::{Key, Store};
@@ -27,6 +28,8 @@ pub(super) struct Pools {
     /// Two Services may claim one address by mistake; the first by name has it.
     claims: HashMap<ebpf::ServiceKey, BTreeSet<Key>>,
     unsettled: BTreeSet<ebpf::ServiceKey>,
+    /// Wanted by L4 listeners, by Service.
+    streams: HashMap<Key, BTreeSet<PoolId>>,
 }
 
 /// The hosts whose rules name a pool.
@@ -40,7 +43,11 @@ struct Users {
 impl Pools {
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
-        self.wanted.is_empty() && self.made.is_empty() && self.entries.is_empty() && self.claims.is_empty()
+        self.wanted.is_empty()
+            && self.made.is_empty()
+            && self.entries.is_empty()
+            && self.claims.is_empty()
+            && self.streams.is_empty()
     }
 
     /// Host `host` now names `new` instead of `old`. Adds to `services` those
@@ -77,6 +84,18 @@ impl Pools {
         }
     }
 
+    /// As [`Pools::replace`], for all L4 listeners.
+    pub(super) fn replace_streams(&mut self, old: &Streams, new: &Streams, services: &mut BTreeSet<Key>) {
+        for (ids, present) in
+            [(old.pools.difference(&new.pools), false), (new.pools.difference(&old.pools), true)]
+        {
+            for id in ids {
+                services.insert(id.service.clone());
+                toggle(&mut self.streams, id.service.clone(), id.clone(), present);
+            }
+        }
+    }
+
     /// Makes the pools, table entries and status of one Service.
     pub(super) fn make(&mut self, key: &Key, store: &Store, index: &Index, desired: &mut Desired) {
         let service = store.services.get(key).map(|service| &**service);
@@ -98,6 +117,16 @@ impl Pools {
             }
             let balance = users.wishes.values().next().copied().unwrap_or_default();
             put(&mut desired.routes.pools, id.key(), pool(id, port, selected, balance));
+            made.insert(id.key());
+        }
+        for id in self.streams.get(key).into_iter().flatten() {
+            let Some((port, selected)) = ports().find(|(port, _)| streams::is_port(port, id)) else {
+                continue;
+            };
+            if selected.endpoints.is_empty() {
+                without.insert(port.port);
+            }
+            put(&mut desired.routes.pools, id.key(), streams::pool(id, selected));
             made.insert(id.key());
         }
         let before = self.made.remove(key).unwrap_or_default();
@@ -180,6 +209,7 @@ fn pool(id: &PoolId, port: &ServicePort, selected: &Selected, balance: Balance) 
         protocol: id.protocol.unwrap_or_else(|| upstream_protocol(spoken.map(|text| &**text))),
         balance,
         endpoints: selected.endpoints.iter().map(endpoint).collect(),
+        ..Pool::default()
     }
 }
 

@@ -55,6 +55,7 @@ pub(super) fn settings(annotations: &Labels, notices: &mut Vec<Notice>) -> Setti
             send_timeout: reader.seconds("proxy-send-timeout"),
             read_timeout: reader.seconds("proxy-read-timeout"),
             max_body: reader.size("proxy-body-size"),
+            per_client: None,
         },
         protocol: reader.protocol(),
         balance,

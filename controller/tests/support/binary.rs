@@ -21,8 +21,13 @@ pub struct Binary {
 impl Binary {
     /// Returns when it has said where it serves.
     pub fn start(folder: &Path, more: &[&str]) -> Binary {
+        Binary::run(&gate::flags(folder, more), "trace")
+    }
+
+    /// With all flags given, and what is to be logged.
+    pub fn run(flags: &[String], log: &str) -> Binary {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lockgate"));
-        command.args(gate::flags(folder, more)).env("RUST_LOG", "trace");
+        command.args(flags).env("RUST_LOG", log);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
         let lines = BufReader::new(child.stderr.take().expect("piped")).lines();
         let (say, said) = mpsc::sync_channel(3);
@@ -56,8 +61,18 @@ impl Binary {
 
     /// SIGTERM.
     pub fn terminate(&self) {
-        let killed = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        self.signal("-TERM");
+    }
+
+    /// Any signal, as kill names it.
+    pub fn signal(&self, name: &str) {
+        let killed = Command::new("kill").args([name, &self.child.id().to_string()]).status();
         assert!(killed.expect("kill").success());
+    }
+
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_none()
     }
 
     /// Its exit status and all it wrote.

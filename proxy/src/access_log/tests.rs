@@ -90,7 +90,7 @@ fn gated() -> (Gated, SyncSender<io::Result<()>>, Receiver<Vec<u8>>) {
 
 fn start(destination: Gated, metrics: &Metrics) -> (AccessLog, Vec<WorkerLog>) {
     let workers: Vec<_> = (0..metrics.workers()).map(|i| metrics.worker(i)).collect();
-    AccessLog::start_on(Box::new(destination), Format::Json, &workers).unwrap()
+    AccessLog::start_on(Box::new(destination), None, Format::Json, &workers).unwrap()
 }
 
 #[test]
@@ -312,4 +312,37 @@ fn files_are_appended_to() {
 
     let missing = Destination::File(path.join("below-a-missing-folder"));
     assert!(AccessLog::start(&AccessLogConfig { destination: missing, ..config }, &[]).is_err());
+}
+
+#[test]
+fn a_rotated_file_is_left_alone_once_reopened() {
+    let folder = std::env::temp_dir().join(format!("lockgate-rotated-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (path, rotated) = (folder.join("access.log"), folder.join("access.log.1"));
+    let metrics = Metrics::new(1);
+    let config = AccessLogConfig { format: Format::Json, destination: Destination::File(path.clone()) };
+    let (log, mut workers) = AccessLog::start(&config, &[metrics.worker(0)]).unwrap();
+    let reopener = log.reopener();
+    let mut worker = workers.remove(0);
+    let mut lines_in = |path: &Path, wanted: usize| {
+        worker.write(&entry(None));
+        while !worker.flush() {}
+        while std::fs::read_to_string(path).unwrap_or_default().lines().count() < wanted {
+            std::thread::yield_now();
+        }
+    };
+    lines_in(&path, 1);
+    std::fs::rename(&path, &rotated).unwrap();
+    // Nobody has said anything: the file keeps its lines, whatever its name.
+    lines_in(&rotated, 2);
+    reopener.reopen();
+    lines_in(&path, 1);
+    // The folder is gone: lines go where they went.
+    let elsewhere = folder.with_extension("elsewhere");
+    std::fs::rename(&folder, &elsewhere).unwrap();
+    reopener.reopen();
+    lines_in(&elsewhere.join("access.log"), 2);
+    drop(worker);
+    log.join();
+    std::fs::remove_dir_all(elsewhere).unwrap();
 }

@@ -19,10 +19,15 @@ pub(crate) fn of_endpoints(weights: &[u64]) -> Option<Box<[u16]>> {
     if weights.windows(2).all(|pair| pair[0] == pair[1]) || weights.len() > usize::from(u16::MAX) {
         return None;
     }
-    let reduced = reduce(weights);
-    let longest = CYCLE.max(4 * weights.len() as u64);
-    let counts = if reduced.iter().sum::<u64>() <= longest { reduced } else { apportion(&reduced, longest) };
+    let counts = reduced(weights, CYCLE.max(4 * weights.len() as u64));
     Some(spread(&counts).map(|index| index as u16).collect())
+}
+
+/// The same shares in numbers that add up to no more than `most`, which is at
+/// least the number of weights. A nonzero weight stays one.
+pub(super) fn reduced(weights: &[u64], most: u64) -> Vec<u64> {
+    let reduced = reduce(weights);
+    if reduced.iter().sum::<u64>() <= most { reduced } else { apportion(&reduced, most) }
 }
 
 /// Divides by the greatest common divisor.

@@ -205,30 +205,10 @@ pub(crate) fn size_line(n: usize, room: &mut [u8; 18]) -> &[u8] {
     }
 }
 
-/// Never panics, and decoding in pieces says the same as decoding at once.
-#[cfg(test)]
-fn fuzz(bytes: &[u8]) {
-    let mut whole = bytes.to_vec();
-    let mut at_once = Decoder::default();
-    let expected = at_once.decode(&mut whole).map(|d| (whole[..d.data].to_vec(), d.consumed, d.done));
-    let (mut body, mut consumed, mut decoder) = (Vec::new(), 0, Decoder::default());
-    for &byte in bytes {
-        match decoder.decode(&mut [byte]) {
-            Err(error) => return assert_eq!(Err(error), expected),
-            Ok(decoded) => {
-                consumed += decoded.consumed;
-                if decoded.data == 1 {
-                    body.push(byte);
-                }
-            }
-        }
-    }
-    assert_eq!(Ok((body, consumed, decoder.state == State::Done)), expected);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fuzz::chunked_body as fuzz;
 
     fn decode(text: &str) -> Result<(String, usize, bool, String), &'static str> {
         let mut bytes = text.as_bytes().to_vec();

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
 use crate::certificate::Certificate;
 
@@ -58,19 +59,20 @@ impl Client {
         let trusted = trusted.iter().any(|net| net.contains(&peer.ip()));
         let mut client = Client { peer, trusted, scheme, port: local.port(), tls, block: Vec::new() };
         let mut block = Vec::with_capacity(192);
-        client.write_lines(&mut block, peer.ip(), None, scheme.as_str(), client.port);
+        client.write_lines(&mut block, peer.ip(), &[], scheme.as_str(), client.port);
         client.block = block;
         client
     }
 
     /// What to tell the endpoint about a request whose forwarded headers are `claims`.
-    pub(crate) fn forwarded<'a>(&'a self, claims: &Claims<'a>) -> Forwarded<'a> {
+    pub(crate) fn forwarded<'a>(&self, claims: impl FnOnce() -> Claims<'a>) -> Forwarded<'a> {
         let peer = self.peer.ip();
         if !self.trusted {
             return Forwarded { address: peer, claims: Claims::default() };
         }
-        let address = claims.for_.and_then(last_address).unwrap_or(peer);
-        Forwarded { address, claims: *claims }
+        let claims = claims();
+        let address = claims.for_.last().and_then(|line| last_address(line)).unwrap_or(peer);
+        Forwarded { address, claims }
     }
 
     /// Appends the `X-Forwarded-*` and `X-Real-IP` lines.
@@ -86,13 +88,13 @@ impl Client {
         };
         let digits = |p: &&[u8]| p.len() <= 5 && p.iter().all(u8::is_ascii_digit);
         let port = claims.port.filter(digits).and_then(|p| std::str::from_utf8(p).ok()?.parse().ok());
-        self.write_lines(out, forwarded.address, claims.for_, scheme, port.unwrap_or(self.port));
+        self.write_lines(out, forwarded.address, &claims.for_, scheme, port.unwrap_or(self.port));
     }
 
-    fn write_lines(&self, out: &mut Vec<u8>, real: IpAddr, chain: Option<&[u8]>, scheme: &str, port: u16) {
+    fn write_lines(&self, out: &mut Vec<u8>, real: IpAddr, chain: &[&[u8]], scheme: &str, port: u16) {
         out.extend_from_slice(b"X-Forwarded-For: ");
-        if let Some(chain) = chain {
-            out.extend_from_slice(chain);
+        for line in chain {
+            out.extend_from_slice(line);
             out.extend_from_slice(b", ");
         }
         // Writing to a Vec cannot fail.
@@ -106,9 +108,10 @@ impl Client {
 }
 
 /// What a request itself says about its client; believed only from trusted peers.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Claims<'a> {
-    pub(crate) for_: Option<&'a [u8]>,
+    /// The lines of `X-Forwarded-For` in order: together they are one list (RFC 9110 section 5.3).
+    pub(crate) for_: SmallVec<[&'a [u8]; 2]>,
     pub(crate) proto: Option<&'a [u8]>,
     pub(crate) host: Option<&'a [u8]>,
     pub(crate) port: Option<&'a [u8]>,
@@ -116,7 +119,7 @@ pub(crate) struct Claims<'a> {
 
 impl Claims<'_> {
     fn is_empty(&self) -> bool {
-        self.for_.is_none() && self.proto.is_none() && self.host.is_none() && self.port.is_none()
+        self.for_.is_empty() && self.proto.is_none() && self.host.is_none() && self.port.is_none()
     }
 }
 
@@ -145,12 +148,14 @@ fn last_address(value: &[u8]) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use smallvec::smallvec;
+
     use super::*;
 
     fn lines(trusted: &[IpNet], claims: Claims<'_>) -> (String, IpAddr) {
         let peer = "192.0.2.7:4711".parse().unwrap();
         let client = Client::new(peer, "127.0.0.1:80".parse().unwrap(), trusted, None);
-        let forwarded = client.forwarded(&claims);
+        let forwarded = client.forwarded(|| claims);
         let mut out = Vec::new();
         client.write_forwarded(&mut out, &forwarded);
         (String::from_utf8(out).unwrap(), forwarded.address)
@@ -158,7 +163,8 @@ mod tests {
 
     #[test]
     fn an_untrusted_peer_speaks_for_nobody() {
-        let claims = Claims { for_: Some(b"203.0.113.9"), proto: Some(b"https"), ..Claims::default() };
+        let claims =
+            Claims { for_: smallvec![&b"203.0.113.9"[..]], proto: Some(b"https"), ..Claims::default() };
         let (text, address) = lines(&[], claims);
         assert!(text.starts_with("X-Forwarded-For: 192.0.2.7\r\nX-Real-IP: 192.0.2.7\r\n"), "{text}");
         assert!(text.contains("X-Forwarded-Proto: http\r\n"));
@@ -168,10 +174,14 @@ mod tests {
     #[test]
     fn a_trusted_peer_is_believed_and_added_to_the_chain() {
         let trusted = ["192.0.2.0/24".parse().unwrap()];
-        let claims =
-            Claims { for_: Some(b"10.9.9.9, 203.0.113.9"), proto: Some(b"https"), ..Claims::default() };
+        let chain =
+            ["10.9.9.9", "10.8.8.8", "10.7.7.7, 203.0.113.9"].map(str::as_bytes).into_iter().collect();
+        let claims = Claims { for_: chain, proto: Some(b"https"), ..Claims::default() };
         let (text, address) = lines(&trusted, claims);
-        assert!(text.starts_with("X-Forwarded-For: 10.9.9.9, 203.0.113.9, 192.0.2.7\r\n"), "{text}");
+        assert!(
+            text.starts_with("X-Forwarded-For: 10.9.9.9, 10.8.8.8, 10.7.7.7, 203.0.113.9, 192.0.2.7\r\n"),
+            "{text}"
+        );
         assert!(text.contains("X-Real-IP: 203.0.113.9\r\n"));
         assert!(text.contains("X-Forwarded-Proto: https\r\n"));
         assert_eq!(address.to_string(), "203.0.113.9");

@@ -1,6 +1,7 @@
 //! One request to one HTTP/1 endpoint, and to the next one if that fails before
 //! anything irrevocable has happened. The client's side is a [`Source`].
 
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
@@ -137,6 +138,28 @@ pub(crate) struct Order<'r> {
     pub(crate) forward: Forward<'r>,
     pub(crate) idempotent: bool,
     pub(crate) is_head: bool,
+    answered: Answered,
+}
+
+/// What is remembered of the endpoint that was asked, and of the one that answered.
+#[derive(Default)]
+struct Answered {
+    /// Where it matters how long an answer takes: who was asked last, by id, and when.
+    asked: Cell<Option<(u64, Instant)>>,
+    /// By id; 0 before the answer.
+    by: Cell<u64>,
+}
+
+impl<'r> Order<'r> {
+    pub(crate) fn new(
+        worker: &'r Worker,
+        router: &'r Router,
+        forward: Forward<'r>,
+        idempotent: bool,
+        is_head: bool,
+    ) -> Order<'r> {
+        Order { worker, router, forward, idempotent, is_head, answered: Answered::default() }
+    }
 }
 
 impl Order<'_> {
@@ -151,8 +174,29 @@ impl Order<'_> {
     /// The next endpoint to try.
     pub(crate) fn pick(&self, tried: &[u64]) -> Option<Rc<Upstream>> {
         let pool = self.router.pool(self.forward.split.backends[self.forward.choice.backend].pool);
-        let endpoint = pool.pick(&self.worker.turns, clock::now_ms(), tried)?;
+        let endpoint = pool.pick_for(&self.forward.steer, &self.worker.turns, clock::now_ms(), tried)?;
+        if pool.measures() {
+            self.answered.asked.set(Some((endpoint.live.id, Instant::now())));
+        }
         Some(self.worker.upstreams.of(&endpoint.live))
+    }
+
+    /// The head of an endpoint's answer is here.
+    pub(crate) fn answered(&self, upstream: &Upstream) {
+        upstream.live.succeeded();
+        self.answered.by.set(upstream.live.id);
+        if let Some((id, at)) = self.answered.asked.get()
+            && id == upstream.live.id
+        {
+            upstream.live.latency().record(clock::now_ms(), at.elapsed().as_micros() as u64);
+        }
+    }
+
+    /// Header lines to add to the answer.
+    pub(crate) fn cookie_lines(&self) -> SmallVec<[u8; 256]> {
+        let Forward { rule, split, choice, steer } = &self.forward;
+        let (served, turns) = (self.answered.by.get(), &self.worker.turns);
+        split.cookie_lines(*choice, steer, &rule.path, served, self.router, turns)
     }
 
     /// Counts a failure against an endpoint.
@@ -212,7 +256,7 @@ impl Order<'_> {
                     peer.occupy(&upstream);
                     match self.exchange(timer, source, head, &mut peer.conn, answer, record).await {
                         Ok(()) => {
-                            upstream.live.succeeded();
+                            self.answered(&upstream);
                             return Ok((upstream, peer));
                         }
                         Err(failure) => (failure, true),
@@ -252,7 +296,9 @@ impl Order<'_> {
         if let Some(peer) = idle {
             return Ok(peer);
         }
-        match timer.within(self.connect_deadline(), self.worker.upstreams.connect(upstream)).await {
+        // Boxed, as everything rare: a connection's task is as large as its largest state.
+        let connecting = Box::pin(self.worker.upstreams.connect(upstream));
+        match timer.within(self.connect_deadline(), connecting).await {
             Ok(Ok(peer)) => Ok(peer),
             Ok(Err(_)) => Err(Failure::Endpoint("cannot connect to the endpoint")),
             Err(Late) => {

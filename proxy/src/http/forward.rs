@@ -46,7 +46,7 @@ pub(crate) fn claims<'b>(head: &RequestHead<'_, 'b>) -> Claims<'b> {
     let mut claims = Claims::default();
     for (header, field) in head.headers.iter().zip(&head.fields) {
         match field {
-            Field::XForwardedFor => claims.for_ = Some(header.value),
+            Field::XForwardedFor => claims.for_.push(header.value),
             Field::XForwardedProto => claims.proto = Some(header.value),
             Field::XForwardedHost => claims.host = Some(header.value),
             Field::XForwardedPort => claims.port = Some(header.value),

@@ -10,11 +10,13 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
+use smallvec::SmallVec;
 use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
 
 use crate::buffer::{Buffer, Output};
 use crate::conn::Conn;
+use crate::limit::{self, Held};
 use crate::metrics;
 use crate::router::Router;
 use crate::table::UpstreamProtocol;
@@ -31,14 +33,12 @@ use super::record::{Notes, Record, Texts, finish};
 use super::{Asked, Verdict, decide, is_idempotent, phrase, write_https_location};
 
 mod body;
+mod bulk;
 mod over_h2;
 mod relay;
 mod upload;
 
 pub(crate) use body::Incoming;
-
-/// How long an idle connection may still ask something once a drain has begun.
-pub(crate) const DRAIN_IDLE: Duration = Duration::from_secs(2);
 
 /// How long and how much is read from a client that still sends when we are done with it,
 /// so that the answer is not lost to a reset (RFC 9112 section 9.6).
@@ -62,6 +62,8 @@ pub(super) struct Http1 {
     /// Bytes read and not yet used: a head, its body, pipelined requests.
     pub(super) input: Buffer,
     presence: Presence,
+    /// The request, or the tunnel it became, in its client's account.
+    held: Option<Held>,
     /// The latest moment known; saves asking the clock.
     now: Instant,
 }
@@ -70,11 +72,12 @@ pub(super) struct Http1 {
 pub(super) struct Plan<'r> {
     pub(super) verdict: Verdict<'r>,
     pub(super) shape: Shape,
-    pub(super) wants_upgrade: bool,
+    /// The protocol the client would switch to; empty: none.
+    pub(super) upgrade: SmallVec<[u8; 16]>,
     pub(super) expects_continue: bool,
     pub(super) idempotent: bool,
     /// For an endpoint that speaks HTTP/2.
-    pub(super) request: Option<http::Request<()>>,
+    pub(super) request: Option<Box<http::Request<()>>>,
     notes: Option<Notes>,
 }
 
@@ -91,14 +94,15 @@ pub(super) struct Shape {
 pub(crate) async fn serve(worker: Rc<Worker>, conn: Conn, client: Client, presence: Presence, input: Buffer) {
     let now = Instant::now();
     let timer = Timer::new(now + worker.config.timeouts.keep_alive);
-    let mut this = Http1 { worker, client, conn, timer, input, presence, now };
+    let mut this = Http1 { worker, client, conn, timer, input, presence, held: None, now };
     loop {
         match this.request().await {
             Next::Again => {}
             Next::Close(sending) => return this.close(sending).await,
             Next::Tunnel(upstream, early) => {
-                let Http1 { worker, conn, input, timer, .. } = this;
-                return super::tunnel::run(&worker, conn, *upstream, input, early, timer).await;
+                let Http1 { worker, conn, input, timer, held: _held, .. } = this;
+                let tunnel = super::tunnel::run(&worker, conn, *upstream, input, early, timer);
+                return Box::pin(tunnel).await;
             }
         }
     }
@@ -121,7 +125,7 @@ impl Http1 {
             let router = self.worker.router();
             let mut out = Output::take();
             match self.plan(&router, &mut out) {
-                Ok(Some(plan)) => return self.carry_out(started, &router, plan, out).await,
+                Ok(Some(mut plan)) => return self.carry_out(started, &router, &mut plan, &mut out).await,
                 // Empty lines before the request line look like the end of a head.
                 Ok(None) => read_first = true,
                 Err(reject) => return self.refuse(started, reject).await,
@@ -139,7 +143,7 @@ impl Http1 {
         loop {
             let draining = self.worker.is_draining();
             if draining {
-                deadline = deadline.min(Instant::now() + DRAIN_IDLE);
+                deadline = self.worker.idle_until(deadline);
             }
             let Http1 { conn, presence, worker, timer, .. } = self;
             let waited = timer.within(
@@ -203,11 +207,18 @@ impl Http1 {
         let Some(head) = RequestHead::parse(self.input.filled(), &mut room, &worker.config.limits)? else {
             return Ok(None);
         };
-        let forwarded = self.client.forwarded(&forward::claims(&head));
+        let forwarded = self.client.forwarded(|| forward::claims(&head));
         let view = Http1View { head: &head, client: forwarded.address };
         let https = forwarded.is_https(&self.client);
-        let asked = Asked { authority: head.host, path: head.path(), https };
-        let verdict = decide(worker, router, &self.client, &asked, &view)?;
+        let asked = Asked {
+            authority: head.host,
+            method: head.method,
+            target: head.target,
+            path: head.path(),
+            https,
+        };
+        let mut verdict = decide(worker, router, &self.client, &asked, &view)?;
+        self.held = limit::admit(worker, &mut verdict, forwarded.address);
         let id = RequestId::new(head.first(Field::XRequestId), &mut worker.random.borrow_mut());
         let mut request = None;
         match &verdict {
@@ -221,11 +232,15 @@ impl Http1 {
                 let backend = &forward.split.backends[forward.choice.backend];
                 let protocol = router.pool(backend.pool).protocol;
                 match protocol {
-                    UpstreamProtocol::Http1 | UpstreamProtocol::Https => {
+                    UpstreamProtocol::Http1
+                    | UpstreamProtocol::Https
+                    | UpstreamProtocol::Tcp
+                    | UpstreamProtocol::Udp => {
                         forward::write_request(out, &head, &self.client, &forwarded, &id);
                     }
                     UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
-                        request = Some(over_h2::request(&head, &self.client, &forwarded, &id, protocol)?);
+                        let over_h2 = over_h2::request(&head, &self.client, &forwarded, &id, protocol)?;
+                        request = Some(Box::new(over_h2));
                     }
                 }
             }
@@ -239,14 +254,14 @@ impl Http1 {
                 keep_alive: head.keep_alive,
                 is_head: head.method == b"HEAD",
             },
-            wants_upgrade: head.upgrade.is_some(),
+            upgrade: SmallVec::from_slice(head.upgrade.unwrap_or_default()),
             expects_continue: head.expects_continue,
             idempotent: is_idempotent(head.method),
             request,
             notes,
         };
         let length = head.length;
-        drop(head);
+        drop((head, forwarded));
         self.input.consume(length);
         Ok(Some(plan))
     }
@@ -255,28 +270,32 @@ impl Http1 {
         &mut self,
         started: Instant,
         router: &Router,
-        mut plan: Plan<'_>,
-        mut out: Output,
+        plan: &mut Plan<'_>,
+        out: &mut Output,
     ) -> Next {
         let mut record = Record::new(started);
         self.worker.metrics.requests_in_flight.inc();
         let next = match &plan.verdict {
             Verdict::Answer(answer) => {
                 let (status, reason) = (answer.status, "");
-                self.answer(plan.shape, status, reason, &mut out, &mut record).await
+                self.answer(plan.shape, status, reason, out, &mut record).await
             }
             Verdict::Forward(forward) => {
                 let worker = self.worker.clone();
                 let (idempotent, is_head) = (plan.idempotent, plan.shape.is_head);
-                let order = Order { worker: &worker, router, forward: *forward, idempotent, is_head };
+                let order = Order::new(&worker, router, *forward, idempotent, is_head);
                 match plan.request.take() {
-                    None => self.forward(&order, &plan, &mut out, &mut record).await,
+                    None => self.forward(&order, plan, out, &mut record).await,
                     Some(request) => {
-                        self.forward_over_h2(&order, &plan, request, &mut out, &mut record).await
+                        // HTTP/2 allocates per request anyway.
+                        Box::pin(self.forward_over_h2(&order, plan, *request, out, &mut record)).await
                     }
                 }
             }
         };
+        if !matches!(next, Next::Tunnel(..)) {
+            self.held = None;
+        }
         self.now = Instant::now();
         self.worker.metrics.requests_in_flight.dec();
         let protocol = if plan.shape.minor == 0 { "HTTP/1.0" } else { "HTTP/1.1" };

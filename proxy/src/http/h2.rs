@@ -9,7 +9,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future as _, poll_fn};
-use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -98,11 +97,13 @@ pub(crate) async fn serve(
         .max_local_error_reset_streams(Some(LOCAL_RESETS))
         .enable_connect_protocol()
         .handshake::<_, Bytes>(wire);
-    let mut handshake = pin!(handshake);
-    let handshake = poll_fn(|cx| {
+    // Boxed, as it is large and over soon.
+    let mut handshake = Box::pin(handshake);
+    let sending = line.clone();
+    let handshake = poll_fn(move |cx| {
         let done = handshake.as_mut().poll(cx);
         // An error will show when the client's preface does not come.
-        let _ = line.borrow_mut().poll_send(cx);
+        let _ = sending.borrow_mut().poll_send(cx);
         done
     });
     let deadline = Instant::now() + worker.config.timeouts.header;

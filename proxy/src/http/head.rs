@@ -21,6 +21,9 @@ pub(crate) struct Reject {
     pub(crate) reason: &'static str,
 }
 
+/// Bytes a request line may have besides its target, its version and what separates them.
+const LINE_REST: usize = 53;
+
 const fn bad(reason: &'static str) -> Reject {
     Reject { status: 400, reason }
 }
@@ -221,7 +224,7 @@ impl RequestView for Http1View<'_, '_, '_> {
 /// More bytes are needed, unless the limits already say no.
 fn partial<T>(bytes: &[u8], limits: &Limits) -> Result<Option<T>, Reject> {
     let line_ended = bytes.contains(&b'\n');
-    if !line_ended && bytes.len() > limits.target_bytes + 64 {
+    if !line_ended && bytes.len() > limits.target_bytes + LINE_REST + 11 {
         return Err(Reject { status: 414, reason: "target too long" });
     }
     if bytes.len() >= limits.header_bytes {
@@ -271,7 +274,8 @@ fn split_target<'b>(
     target: &'b [u8],
     limits: &Limits,
 ) -> Result<(&'b [u8], Option<&'b [u8]>), Reject> {
-    if target.len() > limits.target_bytes {
+    // With a method of any length the line is bounded as in `partial`.
+    if target.len() > limits.target_bytes || method.len() + target.len() > limits.target_bytes + LINE_REST {
         return Err(Reject { status: 414, reason: "target too long" });
     }
     if matches!(method, b"CONNECT" | b"TRACE") {

@@ -35,7 +35,7 @@ pub(crate) fn is_replaced(name: &HeaderName) -> bool {
 pub(crate) fn claims(headers: &HeaderMap) -> Claims<'_> {
     let get = |name: &str| headers.get(name).map(HeaderValue::as_bytes);
     Claims {
-        for_: get("x-forwarded-for"),
+        for_: headers.get_all("x-forwarded-for").iter().map(HeaderValue::as_bytes).collect(),
         proto: get("x-forwarded-proto"),
         host: get("x-forwarded-host"),
         port: get("x-forwarded-port"),
@@ -61,7 +61,9 @@ pub(crate) fn add_forwarded(
 /// any other; the client's is told by `X-Forwarded-Proto`.
 pub(crate) fn scheme(protocol: UpstreamProtocol) -> &'static str {
     match protocol {
-        UpstreamProtocol::Http1 | UpstreamProtocol::H2c => "http",
+        UpstreamProtocol::Http1 | UpstreamProtocol::H2c | UpstreamProtocol::Tcp | UpstreamProtocol::Udp => {
+            "http"
+        }
         UpstreamProtocol::Https | UpstreamProtocol::H2 => "https",
     }
 }

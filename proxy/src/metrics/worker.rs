@@ -16,6 +16,13 @@ pub struct WorkerMetrics {
     /// Downstream connections on TLS listeners.
     pub https: ConnectionMetrics,
 
+    /// Connections closed for want of a good PROXY header in time.
+    pub proxy_headers_refused: Counter,
+    /// Connections closed because their client's address holds too many.
+    pub address_limited: Counter,
+    /// Connections passed through for which no endpoint could be reached.
+    pub passthrough_failed: Counter,
+
     /// Full TLS handshakes that succeeded.
     pub handshakes_ok: Counter,
     /// TLS handshakes that succeeded by resuming a session.
@@ -135,13 +142,30 @@ pub struct ConnectionMetrics {
     pub http1: ProtocolMetrics,
     /// Those that speak HTTP/2.
     pub http2: ProtocolMetrics,
+    /// Those whose TLS ends at an endpoint.
+    pub passthrough: ProtocolMetrics,
 }
 
 impl ConnectionMetrics {
-    /// Those that speak HTTP/2, or HTTP/1.
-    pub fn protocol(&self, http2: bool) -> &ProtocolMetrics {
-        if http2 { &self.http2 } else { &self.http1 }
+    /// Those that speak `protocol`.
+    pub fn protocol(&self, protocol: Protocol) -> &ProtocolMetrics {
+        match protocol {
+            Protocol::Http1 => &self.http1,
+            Protocol::Http2 => &self.http2,
+            Protocol::Passthrough => &self.passthrough,
+        }
     }
+}
+
+/// What a downstream connection speaks, as far as it is ours to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.
+    Http1,
+    /// HTTP/2.
+    Http2,
+    /// TLS that ends at an endpoint.
+    Passthrough,
 }
 
 /// Downstream connections of one protocol.
@@ -172,11 +196,15 @@ pub enum Reject {
     NoRoute,
     /// No endpoint to send it to (503).
     NoEndpoint,
+    /// The client sends faster than the rule allows (503, or as configured).
+    RateLimited,
+    /// The client has as many requests under way as the rule allows (503, or as configured).
+    TooManyRequests,
 }
 
 impl Reject {
     /// Every reason, in the order of its number.
-    pub const ALL: [Reject; 8] = [
+    pub const ALL: [Reject; 10] = [
         Reject::BadRequest,
         Reject::HeaderTimeout,
         Reject::HeaderTooLarge,
@@ -185,6 +213,8 @@ impl Reject {
         Reject::Misdirected,
         Reject::NoRoute,
         Reject::NoEndpoint,
+        Reject::RateLimited,
+        Reject::TooManyRequests,
     ];
 
     /// The reason as metrics and the access log show it.
@@ -198,6 +228,8 @@ impl Reject {
             Reject::Misdirected => "misdirected",
             Reject::NoRoute => "no_route",
             Reject::NoEndpoint => "no_endpoint",
+            Reject::RateLimited => "rate_limited",
+            Reject::TooManyRequests => "too_many_requests",
         }
     }
 }
@@ -261,6 +293,7 @@ const FAMILIES: &[Family] = &[
             (&["http", "http2"], count!(http.http2.total)),
             (&["https", "http1"], count!(https.http1.total)),
             (&["https", "http2"], count!(https.http2.total)),
+            (&["https", "passthrough"], count!(https.passthrough.total)),
         ],
     },
     Family {
@@ -274,6 +307,17 @@ const FAMILIES: &[Family] = &[
             (&["https", "pending"], level!(https.pending)),
             (&["https", "http1"], level!(https.http1.open)),
             (&["https", "http2"], level!(https.http2.open)),
+            (&["https", "passthrough"], level!(https.passthrough.open)),
+        ],
+    },
+    Family {
+        name: "lockgate_connections_refused_total",
+        help: "Downstream connections closed before they were served, by reason.",
+        labels: &["reason"],
+        series: &[
+            (&["proxy_header"], count!(proxy_headers_refused)),
+            (&["address_limit"], count!(address_limited)),
+            (&["passthrough"], count!(passthrough_failed)),
         ],
     },
     Family {
@@ -317,6 +361,8 @@ const FAMILIES: &[Family] = &[
             reject!(Misdirected),
             reject!(NoRoute),
             reject!(NoEndpoint),
+            reject!(RateLimited),
+            reject!(TooManyRequests),
         ],
     },
     Family {

@@ -8,11 +8,17 @@ use std::sync::Arc;
 
 use imbl::ordmap::DiffItem;
 
-use super::{CompiledAction, CompiledHost, CompiledRule, Live, Router};
+use super::{
+    CompiledAction, CompiledHost, CompiledListener, CompiledPassthrough, CompiledRule, Live, Router,
+    path_trie,
+};
 use crate::balance::{CompiledEndpoint, CompiledPool};
 use crate::certificate::Certificate;
 use crate::split::{CompiledBackend, CompiledSplit};
-use crate::table::{Action, Host, HostPattern, PathMatch, Pool, PoolKey, RoutingTable, Rule, Split};
+use crate::table::{
+    Action, Host, HostPattern, L4Listener, ListenerKey, Passthrough, PathMatch, Pool, PoolKey, RoutingTable,
+    Rule, Split,
+};
 
 /// A router in the making: a copy of its predecessor, and what that copy no longer needs.
 pub(super) struct Patch<'a> {
@@ -35,8 +41,14 @@ impl<'a> Patch<'a> {
         for change in old.hosts.diff(&table.hosts) {
             self.host(change);
         }
+        for change in old.passthrough.diff(&table.passthrough) {
+            self.passthrough(change);
+        }
         for change in old.certificates.diff(&table.certificates) {
             self.certificates(change);
+        }
+        for change in old.listeners.diff(&table.listeners) {
+            self.listener(change);
         }
         for key in self.old_keys {
             self.router.slots.release(&key);
@@ -75,7 +87,8 @@ impl<'a> Patch<'a> {
             weight: endpoint.weight.max(1),
             zone: endpoint.zone.clone(),
         });
-        let pool = CompiledPool::new(slot, pool.protocol, pool.balance, endpoints.collect());
+        let own = self.live.zone.as_deref();
+        let pool = CompiledPool::compile(slot, pool, endpoints.collect(), own);
         self.router.pools.set(pool);
     }
 
@@ -91,33 +104,43 @@ impl<'a> Patch<'a> {
         match change {
             DiffItem::Add(pattern, host) => {
                 let compiled = self.compile_host(host, &OldRules::default());
-                self.router.hosts.insert(pattern, compiled);
+                self.set_host(pattern, compiled);
             }
             DiffItem::Update { old: (_, old), new: (pattern, host) } => {
-                let before = self.router.hosts.get(pattern).cloned();
+                let before = self.router.hosts.get(pattern).map(|host| host.value().clone());
                 let rules = OldRules::new(old, before.as_ref());
                 let compiled = self.compile_host(host, &rules);
                 self.retire(before.as_ref(), Some((&rules, host)));
-                self.router.hosts.insert(pattern, compiled);
+                self.set_host(pattern, compiled);
             }
             DiffItem::Remove(pattern, _) => {
-                let before = self.router.hosts.get(pattern).cloned();
+                let before = self.router.hosts.get(pattern).map(|host| host.value().clone());
                 self.retire(before.as_ref(), None);
                 self.router.hosts.remove(pattern);
             }
         }
     }
 
-    fn compile_host(&mut self, host: &Host, old: &OldRules) -> CompiledHost {
-        let rules: Arc<[CompiledRule]> = sorted(host)
+    fn set_host(&mut self, pattern: &HostPattern, rules: Arc<[CompiledRule]>) {
+        let trie = path_trie::encode(rules.iter().map(|rule| &rule.path));
+        // Where it is does not change with what its rules do.
+        let before = self.router.hosts.get(pattern).filter(|before| *before.trie() == *trie);
+        let shared = match before {
+            Some(before) => before.value().trie.clone(),
+            None => self.router.tries.get(&trie),
+        };
+        let beside: &[u8] = if shared.is_some() { &[] } else { &trie };
+        self.router.hosts.insert(pattern, CompiledHost { rules, trie: shared }, beside);
+    }
+
+    fn compile_host(&mut self, host: &Host, old: &OldRules) -> Arc<[CompiledRule]> {
+        sorted(host)
             .into_iter()
             .map(|rule| match old.unchanged(rule) {
                 Some(compiled) => compiled.clone(),
                 None => self.compile_rule(rule, old.turn(&rule.path)),
             })
-            .collect();
-        let paths = self.router.tries.get(rules.iter().map(|rule| &rule.path));
-        CompiledHost { paths, rules }
+            .collect()
     }
 
     fn compile_rule(&mut self, rule: &Rule, turn: Option<u32>) -> CompiledRule {
@@ -145,6 +168,7 @@ impl<'a> Patch<'a> {
             pool: self.acquire(&backend.pool),
             canary: backend.canary.clone(),
             stats: self.live.metrics.route(&rule.origin, &backend.pool, &backend.canary),
+            steering: backend.steering.clone(),
         });
         let backends = backends.collect();
         let turn = CompiledSplit::needs_turn(split).then(|| turn.unwrap_or_else(|| self.router.turns.take()));
@@ -173,10 +197,48 @@ impl<'a> Patch<'a> {
         }
     }
 
+    fn listener(&mut self, change: DiffItem<ListenerKey, Arc<L4Listener>>) {
+        let (old, new) = match change {
+            DiffItem::Add(key, new) => (None, Some((key, new))),
+            DiffItem::Update { old: (_, old), new } => (Some(old), Some(new)),
+            DiffItem::Remove(key, old) => {
+                self.router.listeners.remove(key);
+                (Some(old), None)
+            }
+        };
+        if let Some((key, new)) = new {
+            let pool = self.acquire(&new.pool);
+            let stats = self.live.metrics.listener(key);
+            let compiled = CompiledListener { desired: new.clone(), pool, stats };
+            self.router.listeners.insert(*key, compiled);
+        }
+        self.old_keys.extend(old.map(|old| old.pool.clone()));
+    }
+
+    fn passthrough(&mut self, change: DiffItem<HostPattern, Arc<Passthrough>>) {
+        let (new, old) = match change {
+            DiffItem::Add(pattern, new) => (Some((pattern, new)), None),
+            DiffItem::Update { old: (_, old), new: (pattern, new) } => (Some((pattern, new)), Some(old)),
+            DiffItem::Remove(pattern, old) => {
+                self.router.passthrough.remove(pattern);
+                (None, Some(old))
+            }
+        };
+        if let Some((pattern, new)) = new {
+            let compiled = CompiledPassthrough {
+                pool: self.acquire(&new.pool),
+                connect_timeout: new.connect_timeout,
+                proxy_protocol: new.proxy_protocol,
+            };
+            self.router.passthrough.insert(pattern, compiled, b"");
+        }
+        self.old_keys.extend(old.map(|old| old.pool.clone()));
+    }
+
     fn certificates(&mut self, change: DiffItem<HostPattern, Arc<Vec<Arc<Certificate>>>>) {
         match change {
             DiffItem::Add(pattern, certificates) | DiffItem::Update { new: (pattern, certificates), .. } => {
-                self.router.certificates.insert(pattern, certificates.clone());
+                self.router.certificates.insert(pattern, certificates.clone(), b"");
             }
             DiffItem::Remove(pattern, _) => self.router.certificates.remove(pattern),
         }

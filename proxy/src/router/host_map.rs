@@ -1,14 +1,16 @@
 //! A persistent map from host names: 1,024 ways by the upper bits of a hash,
 //! then an open-addressed table by its lower bits, shared between generations.
 //!
-//! The upper level stays in the cache, and an entry holds its name and value
-//! side by side, so at any number of hosts a lookup waits for memory about
-//! once. An edit copies the upper level and one table: a thousandth of the names.
+//! Both levels are small enough to stay in the cache. What a slot points at is
+//! one piece of memory: the value, bytes that go with it, and the name. So at
+//! any number of hosts a lookup waits for memory about once. An edit copies the
+//! upper level and one table: a thousandth of the names.
 
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
 use foldhash::quality::RandomState;
+use triomphe::ThinArc;
 
 use crate::table::HostPattern;
 
@@ -18,34 +20,91 @@ use crate::table::HostPattern;
 pub(super) struct ByHost<V> {
     exact: HostMap<V>,
     wildcard: HostMap<V>,
-    any: Option<V>,
+    any: Option<Entry<V>>,
+}
+
+/// A value, bytes that go with it, and the name it is found by.
+#[derive(Debug)]
+pub(super) struct Entry<V>(ThinArc<Head<V>, u8>);
+
+/// Behind it the bytes, then the name: so the bytes are at a distance that is
+/// known before the memory has answered.
+#[derive(Debug)]
+struct Head<V> {
+    value: V,
+    bytes: u32,
+}
+
+impl<V> Entry<V> {
+    fn new(value: V, bytes: &[u8], name: &str) -> Entry<V> {
+        let head = Head { value, bytes: bytes.len() as u32 };
+        Entry(ThinArc::from_header_and_slice(head, &[bytes, name.as_bytes()].concat()))
+    }
+
+    pub(super) fn value(&self) -> &V {
+        &self.0.header.header.value
+    }
+
+    /// What was inserted with the value.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.0.slice[..self.0.header.header.bytes as usize]
+    }
+
+    /// Asks the memory for all of a small entry at once: what is read next
+    /// depends on what is read before, and would be asked for one by one.
+    fn touch(&self) {
+        let slice = &self.0.slice;
+        for line in [64, 128, 192] {
+            std::hint::black_box(slice.get(line).copied());
+        }
+    }
+
+    fn is(&self, name: &str) -> bool {
+        self.0.slice[self.0.header.header.bytes as usize..] == *name.as_bytes()
+    }
+}
+
+impl<V> Clone for Entry<V> {
+    fn clone(&self) -> Entry<V> {
+        Entry(self.0.clone())
+    }
 }
 
 impl<V> ByHost<V> {
     /// The most precise value for `host`: itself, its first label replaced by
     /// `*`, any host.
-    pub(super) fn find(&self, host: &str) -> Option<&V> {
+    pub(super) fn find(&self, host: &str) -> Option<&Entry<V>> {
         let suffix = || host.split_once('.').filter(|(label, _)| !label.is_empty()).map(|(_, rest)| rest);
         let found = self.exact.get(host).or_else(|| self.wildcard.get(suffix()?));
         found.or(self.any.as_ref())
     }
 
+    /// The same without the one for any host; `true`: of `host` itself.
+    pub(super) fn find_named(&self, host: &str) -> Option<(&Entry<V>, bool)> {
+        let suffix = || host.split_once('.').filter(|(label, _)| !label.is_empty()).map(|(_, rest)| rest);
+        let exact = self.exact.get(host).map(|value| (value, true));
+        exact.or_else(|| Some((self.wildcard.get(suffix()?)?, false)))
+    }
+
+    /// Whether there is a value of `host` itself.
+    pub(super) fn has_exact(&self, host: &str) -> bool {
+        self.exact.get(host).is_some()
+    }
+
     /// The value of the pattern itself.
-    pub(super) fn get(&self, pattern: &HostPattern) -> Option<&V> {
+    pub(super) fn get(&self, pattern: &HostPattern) -> Option<&Entry<V>> {
         match Place::of(pattern) {
             Place::Exact(name) => self.exact.get(name),
             Place::Wildcard(suffix) => self.wildcard.get(suffix),
             Place::Any => self.any.as_ref(),
         }
     }
-}
 
-impl<V: Clone> ByHost<V> {
-    pub(super) fn insert(&mut self, pattern: &HostPattern, value: V) {
+    pub(super) fn insert(&mut self, pattern: &HostPattern, value: V, bytes: &[u8]) {
         match Place::of(pattern) {
-            Place::Exact(name) => self.exact.insert(name, value),
-            Place::Wildcard(suffix) => self.wildcard.insert(suffix, value),
-            Place::Any => self.any = Some(value),
+            Place::Exact(name) => self.exact.insert(name, Entry::new(value, bytes, name)),
+            Place::Wildcard(suffix) => self.wildcard.insert(suffix, Entry::new(value, bytes, suffix)),
+            Place::Any => self.any = Some(Entry::new(value, bytes, "")),
         }
     }
 
@@ -93,45 +152,28 @@ struct HostMap<V> {
 
 /// Linear probing, with two thirds to four fifths of the slots taken, or no
 /// slots at all: fewer pages of memory matter more than shorter searches.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Table<V> {
-    slots: Arc<[Option<Entry<V>>]>,
+    slots: Arc<[Option<Slot<V>>]>,
     len: u32,
 }
 
-/// With the values of the router exactly one cache line.
-#[derive(Clone, Debug)]
-#[repr(align(64))]
-struct Entry<V> {
+/// A quarter of a cache line.
+#[derive(Debug)]
+struct Slot<V> {
     hash: u64,
-    name: Name,
-    value: V,
+    entry: Entry<V>,
 }
 
-/// A name that, unless it is long, needs no look elsewhere.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Name {
-    Short { len: u8, bytes: [u8; 30] },
-    Long(Box<str>),
-}
-
-impl Name {
-    fn new(name: &str) -> Name {
-        let mut bytes = [0; 30];
-        match bytes.get_mut(..name.len()) {
-            Some(short) => {
-                short.copy_from_slice(name.as_bytes());
-                Name::Short { len: name.len() as u8, bytes }
-            }
-            None => Name::Long(name.into()),
-        }
+impl<V> Clone for Slot<V> {
+    fn clone(&self) -> Slot<V> {
+        Slot { hash: self.hash, entry: self.entry.clone() }
     }
+}
 
-    fn is(&self, name: &str) -> bool {
-        match self {
-            Name::Short { len, bytes } => bytes[..usize::from(*len)] == *name.as_bytes(),
-            Name::Long(long) => **long == *name,
-        }
+impl<V> Clone for Table<V> {
+    fn clone(&self) -> Table<V> {
+        Table { slots: self.slots.clone(), len: self.len }
     }
 }
 
@@ -148,9 +190,9 @@ impl<V> Clone for HostMap<V> {
 }
 
 impl<V> HostMap<V> {
-    fn get(&self, name: &str) -> Option<&V> {
+    fn get(&self, name: &str) -> Option<&Entry<V>> {
         let hash = self.hash(name);
-        self.root.as_ref()?[way(hash)].get(hash, name).map(|entry| &entry.value)
+        self.root.as_ref()?[way(hash)].get(hash, name)
     }
 
     fn hash(&self, name: &str) -> u64 {
@@ -160,8 +202,8 @@ impl<V> HostMap<V> {
     }
 }
 
-impl<V: Clone> HostMap<V> {
-    fn insert(&mut self, name: &str, value: V) {
+impl<V> HostMap<V> {
+    fn insert(&mut self, name: &str, entry: Entry<V>) {
         let hash = self.hash(name);
         let root = self.root.get_or_insert_with(|| {
             let empty = Table::with_room_for(0);
@@ -169,9 +211,9 @@ impl<V: Clone> HostMap<V> {
         });
         let table = &mut Arc::make_mut(root)[way(hash)];
         if table.get(hash, name).is_none() && (table.len as usize + 1) * 5 > table.slots.len() * 4 {
-            *table = table.rebuilt(table.len as usize + 1, |_| true);
+            *table = table.rebuilt(table.len as usize + 1, None);
         }
-        table.put(Entry { hash, name: Name::new(name), value });
+        table.put(Slot { hash, entry }, name);
     }
 
     fn remove(&mut self, name: &str) {
@@ -182,7 +224,7 @@ impl<V: Clone> HostMap<V> {
         let Some(root) = &mut self.root else { return };
         let table = &mut Arc::make_mut(root)[way(hash)];
         // Rebuilt, because a gap would end the search for names behind it.
-        *table = table.rebuilt(table.len as usize - 1, |entry| !entry.name.is(name));
+        *table = table.rebuilt(table.len as usize - 1, Some(name));
     }
 }
 
@@ -196,32 +238,42 @@ impl<V> Table<V> {
         let mut at = home(hash, self.slots.len());
         loop {
             // Ends at an empty slot, of which there is one, or at once if there are no slots.
-            let entry = self.slots.get(at)?.as_ref()?;
-            if entry.hash == hash && entry.name.is(name) {
-                return Some(entry);
+            let slot = self.slots.get(at)?.as_ref()?;
+            if slot.hash == hash {
+                slot.entry.touch();
+                if slot.entry.is(name) {
+                    return Some(&slot.entry);
+                }
             }
             at = next(at, self.slots.len());
         }
     }
-}
 
-impl<V: Clone> Table<V> {
     /// There must be room, or an entry of the same name to take the place of.
-    fn put(&mut self, entry: Entry<V>) {
+    fn put(&mut self, slot: Slot<V>, name: &str) {
         let slots = Arc::make_mut(&mut self.slots);
-        let mut at = home(entry.hash, slots.len());
-        while slots[at].as_ref().is_some_and(|e| e.hash != entry.hash || e.name != entry.name) {
+        let mut at = home(slot.hash, slots.len());
+        while slots[at].as_ref().is_some_and(|s| s.hash != slot.hash || !s.entry.is(name)) {
             at = next(at, slots.len());
         }
         self.len += u32::from(slots[at].is_none());
-        slots[at] = Some(entry);
+        slots[at] = Some(slot);
     }
 
-    /// The entries to `keep`, in a table with room for `len` of them.
-    fn rebuilt(&self, len: usize, keep: impl Fn(&Entry<V>) -> bool) -> Table<V> {
+    /// The entries but the one named `without`, in a table with room for `len`.
+    fn rebuilt(&self, len: usize, without: Option<&str>) -> Table<V> {
         let mut table = Table::with_room_for(len);
-        for entry in self.slots.iter().flatten().filter(|entry| keep(entry)) {
-            table.put(entry.clone());
+        let slots = Arc::make_mut(&mut table.slots);
+        for slot in self.slots.iter().flatten() {
+            if without.is_some_and(|name| slot.entry.is(name)) {
+                continue;
+            }
+            let mut at = home(slot.hash, slots.len());
+            while slots[at].is_some() {
+                at = next(at, slots.len());
+            }
+            slots[at] = Some(slot.clone());
+            table.len += 1;
         }
         table
     }
@@ -251,7 +303,7 @@ mod tests {
         let mut map = ByHost::default();
         let patterns = ["", "a.example", "*.a.example", "b.a.example", "*.example", "*.x.a.example"];
         for pattern in patterns {
-            map.insert(&HostPattern::new(pattern), pattern);
+            map.insert(&HostPattern::new(pattern), pattern, pattern.as_bytes());
         }
         let cases = [
             ("a.example", "a.example"),
@@ -268,15 +320,20 @@ mod tests {
             ("*.a.example", "*.a.example"),
         ];
         for (host, expected) in cases {
-            assert_eq!(map.find(host), Some(&expected), "{host}");
+            let found = map.find(host).map(|entry| (*entry.value(), entry.bytes()));
+            assert_eq!(found, Some((expected, expected.as_bytes())), "{host}");
         }
         for pattern in patterns {
             let pattern = HostPattern::new(pattern);
-            assert_eq!(map.get(&pattern), Some(&pattern.as_str()));
+            assert_eq!(map.get(&pattern).map(Entry::value), Some(&pattern.as_str()));
             map.remove(&pattern);
-            assert_eq!(map.get(&pattern), None);
+            assert!(map.get(&pattern).is_none());
         }
-        assert_eq!(map.find("a.example"), None);
+        assert!(map.find("a.example").is_none());
+    }
+
+    fn value_in<V: Copy>(map: &HostMap<V>, name: &str) -> Option<V> {
+        map.get(name).map(|entry| *entry.value())
     }
 
     #[test]
@@ -288,38 +345,38 @@ mod tests {
                 let name = format!("h{}.example", random.u32(0..300));
                 let (before, expected) = (map.clone(), model.get(&name).copied());
                 if random.bool() {
-                    map.insert(&name, step);
+                    map.insert(&name, Entry::new(step, &vec![7; step % 70], &name));
                     model.insert(name.clone(), step);
                 } else {
                     map.remove(&name);
                     model.remove(&name);
                 }
-                assert_eq!(before.get(&name).copied(), expected, "seed {seed} step {step}");
-                assert_eq!(map.get(&name), model.get(&name), "seed {seed} step {step}");
+                assert_eq!(value_in(&before, &name), expected, "seed {seed} step {step}");
+                assert_eq!(value_in(&map, &name), model.get(&name).copied(), "seed {seed} step {step}");
             }
             for n in 0..300 {
                 let name = format!("h{n}.example");
-                assert_eq!(map.get(&name), model.get(&name), "seed {seed} {name}");
+                assert_eq!(value_in(&map, &name), model.get(&name).copied(), "seed {seed} {name}");
             }
         }
     }
 
     #[test]
-    fn an_entry_of_the_router_is_one_cache_line() {
-        type Slot = Option<Entry<(Arc<()>, Arc<[u8]>)>>;
-        assert_eq!((size_of::<Slot>(), align_of::<Slot>()), (64, 64));
+    fn four_slots_fit_one_cache_line() {
+        assert_eq!(size_of::<Option<Slot<Arc<[u8]>>>>(), 16);
     }
 
     #[test]
-    fn long_names_are_names_too() {
+    fn names_of_any_length() {
         let mut map = HostMap::default();
-        for len in [1, 29, 30, 31, 32, 200, 253] {
-            map.insert(&"x".repeat(len), len);
+        for len in [0, 1, 63, 64, 253, 1_000] {
+            let name = "x".repeat(len);
+            map.insert(&name, Entry::new(len, b"bytes", &name));
         }
-        for len in [1, 29, 30, 31, 32, 200, 253] {
-            assert_eq!(map.get(&"x".repeat(len)), Some(&len));
+        for len in [0, 1, 63, 64, 253, 1_000] {
+            assert_eq!(value_in(&map, &"x".repeat(len)), Some(len));
         }
-        assert_eq!(map.get(&"x".repeat(28)), None);
+        assert_eq!(value_in(&map, &"x".repeat(28)), None);
     }
 
     #[test]
@@ -331,10 +388,10 @@ mod tests {
         let same: Vec<&String> = names.iter().filter(|name| place(name) == wanted).collect();
         assert!(same.len() > 1, "16,384 places cannot hold 200,000 names one by one");
         for name in &same {
-            map.insert(name, name.len());
+            map.insert(name, Entry::new(name.len(), b"", name));
         }
         map.remove(same[0]);
-        assert_eq!(map.get(same[0]), None);
-        assert_eq!(map.get(same[1]), Some(&same[1].len()));
+        assert_eq!(value_in(&map, same[0]), None);
+        assert_eq!(value_in(&map, same[1]), Some(same[1].len()));
     }
 }

@@ -1,116 +1,136 @@
 //! The paths of one host as a compressed byte trie: one walk finds the exact
 //! rule, the longest element prefix and the longest string prefix.
 //!
-//! Nodes lie in one array, the children of a node side by side and sorted by
-//! first byte; the bytes of all nodes lie in another.
+//! A trie is a run of bytes without a pointer in it, so that it can lie beside
+//! the name of its host, where a lookup is reading already. Numbers are little
+//! endian and `W` bytes wide, which the first byte says: 2, or 4 for large tries.
+//!
+//! ```text
+//! node:  ends  label length  children: u16     what ends here, how many bytes and nodes follow
+//!        rule: W  …                            for each bit of ENDS set in `ends`
+//!        label byte  …
+//!        first byte  …                         of each child, sorted; their labels go on behind it
+//!        offset: W  …                          of each child, from the first byte of the trie
+//! ```
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use foldhash::fast::RandomState;
 
 use crate::table::PathMatch;
 
+const EXACT: u8 = 1;
+const STRING_PREFIX: u8 = 2;
+const PREFIX: u8 = 4;
+/// The element prefix was written with a slash behind it, which counts as length.
+const SLASH: u8 = 8;
+
+/// Labels are split beyond this.
+const LABEL: usize = 255;
+
 const NONE: u32 = u32::MAX;
 
-#[derive(Debug)]
-pub(super) struct PathTrie {
-    nodes: Box<[Node]>,
-    /// For each node the first bytes of its children, then its label. Tables
-    /// come from files and objects far smaller than the 4 GiB this can index.
-    text: Box<[u8]>,
+/// The trie of `paths`, numbered from 0. Of rules that match the same paths the
+/// first is taken, but `/a/` before `/a` where both are prefixes: the longer
+/// one wins, and they match alike.
+///
+/// Tables come from files and objects far smaller than the 4 GiB this can index.
+pub(super) fn encode<'a>(paths: impl Iterator<Item = &'a PathMatch>) -> Vec<u8> {
+    let mut keys: Vec<Key> = paths.zip(0..).map(|(path, rule)| Key::new(path, rule)).collect();
+    keys.sort_by_key(|key| (key.bytes, key.rule));
+    let narrow = Build::<2>::new(&keys);
+    // The last rule and the last byte have the largest numbers.
+    let fits = narrow.len() <= usize::from(u16::MAX) && keys.len() <= usize::from(u16::MAX);
+    if fits { narrow } else { Build::<4>::new(&keys) }
 }
 
-#[derive(Clone, Debug)]
-struct Node {
-    /// Start in `text`.
-    text: u32,
-    label: u32,
-    first_child: u32,
-    /// Rules that end here, or `NONE`.
-    exact: u32,
-    prefix: u32,
-    string_prefix: u32,
-    children: u16,
-    /// The prefix was written with a slash behind it, which counts as length.
-    prefix_slash: bool,
-}
-
-impl PathTrie {
-    /// Of rules that match the same paths the first is taken, but `/a/` before
-    /// `/a` where both are prefixes: the longer one wins, and they match alike.
-    pub(super) fn new<'a>(paths: impl Iterator<Item = &'a PathMatch>) -> PathTrie {
-        let mut keys: Vec<Key> = paths.zip(0..).map(|(path, rule)| Key::new(path, rule)).collect();
-        keys.sort_by_key(|key| (key.bytes, key.rule));
-        let mut build = Build { nodes: vec![Node::EMPTY], spans: vec![(0, keys.len(), 0)], text: Vec::new() };
-        let mut next = 0;
-        while next < build.nodes.len() {
-            build.node(next, &keys);
-            next += 1;
-        }
-        PathTrie { nodes: build.nodes.into(), text: build.text.into() }
+/// The number of the rule for `path`: exact, else the longest; of equal length
+/// an element prefix before a string prefix.
+pub(super) fn find(trie: &[u8], path: &[u8]) -> Option<u32> {
+    match trie.first()? {
+        2 => walk::<2>(trie, path),
+        _ => walk::<4>(trie, path),
     }
+}
 
-    /// The index of the rule for `path`: exact, else the longest; of equal
-    /// length an element prefix before a string prefix.
-    pub(super) fn find(&self, path: &[u8]) -> Option<u32> {
-        let mut node = &self.nodes[0];
-        let mut at = 0;
-        // Length of the best prefix as written, and its rule.
-        let mut best = (0, NONE);
-        loop {
-            let text = &self.text[node.text as usize..];
-            let (children, text) = text.split_at(node.children.into());
-            let label = &text[..node.label as usize];
-            if !path[at..].starts_with(label) {
-                break;
+fn walk<const W: usize>(trie: &[u8], path: &[u8]) -> Option<u32> {
+    let mut node = 1;
+    let mut at = 0;
+    // Length of the best prefix as written, and its rule.
+    let mut best = (0, NONE);
+    loop {
+        let (&[ends, label, low, high], mut rest) = trie[node..].split_first_chunk()?;
+        let rules = rest;
+        rest = &rest[(ends & (EXACT | STRING_PREFIX | PREFIX)).count_ones() as usize * W..];
+        let (label, rest) = rest.split_at(label.into());
+        if !path[at..].starts_with(label) {
+            break;
+        }
+        at += label.len();
+        if ends != 0 {
+            let rule = |before: u8| number::<W>(rules, (ends & before).count_ones() as usize);
+            if ends & EXACT != 0 && at == path.len() {
+                return Some(rule(0));
             }
-            at += label.len();
-            if at == path.len() && node.exact != NONE {
-                return Some(node.exact);
-            }
-            if node.string_prefix != NONE && (at > best.0 || best.1 == NONE) {
-                best = (at, node.string_prefix);
+            if ends & STRING_PREFIX != 0 && (at > best.0 || best.1 == NONE) {
+                best = (at, rule(EXACT));
             }
             // Nothing found on the way here is longer than this.
-            if node.prefix != NONE && path.get(at).is_none_or(|byte| *byte == b'/') {
-                best = (at + usize::from(node.prefix_slash), node.prefix);
+            if ends & PREFIX != 0 && path.get(at).is_none_or(|byte| *byte == b'/') {
+                best = (at + usize::from(ends & SLASH != 0), rule(EXACT | STRING_PREFIX));
             }
-            let Some(byte) = path.get(at) else { break };
-            let Some(child) = position(children, *byte) else { break };
-            node = &self.nodes[node.first_child as usize + child];
         }
-        (best.1 != NONE).then_some(best.1)
+        let (children, offsets) = rest.split_at(u16::from_le_bytes([low, high]).into());
+        let Some(byte) = path.get(at) else { break };
+        let Some(child) = position(children, *byte) else { break };
+        node = number::<W>(offsets, child) as usize;
+        at += 1;
     }
+    (best.1 != NONE).then_some(best.1)
 }
 
-/// The tries in use, by their paths. Locked, so used only while a table is compiled.
+/// Number `index` of an array of them.
+fn number<const W: usize>(array: &[u8], index: usize) -> u32 {
+    let mut bytes = [0; 4];
+    bytes[..W].copy_from_slice(&array[index * W..][..W]);
+    u32::from_le_bytes(bytes)
+}
+
+/// The tries that several hosts have, which stay in the cache for it. Locked,
+/// so used only while a table is compiled.
 #[derive(Debug, Default)]
-pub(super) struct PathTries(Mutex<Known>);
+pub(super) struct SharedTries(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
-    tries: HashMap<Box<[PathMatch]>, Weak<PathTrie>, foldhash::fast::RandomState>,
-    /// Size at which the dead are swept out.
-    sweep_at: usize,
+    shared: HashMap<u64, Weak<Box<[u8]>>, RandomState>,
+    /// Hashes of tries that one host has.
+    once: HashSet<u64, RandomState>,
 }
 
-/// Below this many entries dead ones are not worth looking for.
-const SWEEP_FROM: usize = 256;
+/// Beyond this many, tries seen once are forgotten (16 MiB), and shared ones looked through for dead ones.
+const KNOWN: usize = 1 << 20;
 
-impl PathTries {
-    /// The trie of `paths`, made if no host has it.
-    pub(super) fn get<'a>(&self, paths: impl Iterator<Item = &'a PathMatch> + Clone) -> Arc<PathTrie> {
-        let key: Box<[PathMatch]> = paths.clone().cloned().collect();
+impl SharedTries {
+    /// `trie` as others have it, if any do: from the second one on it is shared.
+    pub(super) fn get(&self, trie: &[u8]) -> Option<Arc<Box<[u8]>>> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(trie) = known.tries.get(&key).and_then(Weak::upgrade) {
-            return trie;
+        let Known { shared, once } = &mut *known;
+        let hash = shared.hasher().hash_one(trie);
+        let found = shared.get(&hash).and_then(Weak::upgrade);
+        if found.is_some() || once.insert(hash) {
+            // Another trie of the same hash is not shared.
+            return found.filter(|found| ***found == *trie);
         }
-        if known.tries.len() >= known.sweep_at.max(SWEEP_FROM) {
-            known.tries.retain(|_, trie| trie.strong_count() > 0);
-            known.sweep_at = known.tries.len() * 2;
+        let made = Arc::new(Box::from(trie));
+        shared.insert(hash, Arc::downgrade(&made));
+        if once.len() > KNOWN {
+            once.clear();
+            shared.retain(|_, trie| trie.strong_count() > 0);
         }
-        let trie = Arc::new(PathTrie::new(paths));
-        known.tries.insert(key, Arc::downgrade(&trie));
-        trie
+        Some(made)
     }
 }
 
@@ -120,19 +140,6 @@ fn position(children: &[u8], byte: u8) -> Option<usize> {
     } else {
         children.binary_search(&byte).ok()
     }
-}
-
-impl Node {
-    const EMPTY: Node = Node {
-        text: 0,
-        label: 0,
-        first_child: 0,
-        exact: NONE,
-        prefix: NONE,
-        string_prefix: NONE,
-        children: 0,
-        prefix_slash: false,
-    };
 }
 
 struct Key<'a> {
@@ -150,53 +157,80 @@ impl<'a> Key<'a> {
     }
 }
 
-struct Build {
-    nodes: Vec<Node>,
-    /// For each node the range of sorted keys below it, and how many bytes they share before it.
-    spans: Vec<(usize, usize, usize)>,
-    text: Vec<u8>,
+/// Nodes that have a number but are not yet written: the range of sorted keys
+/// below each, how many bytes lead to it, and where its offset belongs.
+struct Build<'k, const W: usize> {
+    keys: &'k [Key<'k>],
+    waiting: std::collections::VecDeque<(usize, usize, usize, usize)>,
+    trie: Vec<u8>,
 }
 
-impl Build {
-    fn node(&mut self, index: usize, keys: &[Key]) {
-        let (from, to, depth) = self.spans[index];
-        let keys_below = &keys[from..to];
-        let end = match keys_below {
+impl<'k, const W: usize> Build<'k, W> {
+    fn new(keys: &'k [Key<'k>]) -> Vec<u8> {
+        let mut build = Build::<W> { keys, waiting: [(0, keys.len(), 0, 1)].into(), trie: vec![W as u8] };
+        while let Some((from, to, depth, offset)) = build.waiting.pop_front() {
+            if offset > 1 {
+                let here = (build.trie.len() as u32).to_le_bytes();
+                build.trie[offset..][..W].copy_from_slice(&here[..W]);
+            }
+            build.node(from, to, depth);
+        }
+        build.trie
+    }
+
+    fn node(&mut self, from: usize, to: usize, depth: usize) {
+        let keys = &self.keys[from..to];
+        let end = match keys {
             [] => depth,
             [only] => only.bytes.len(),
             // Sorted, so what the first and the last share, all share.
             [first, .., last] => shared(first.bytes, last.bytes),
         };
-        let ending = keys_below.iter().take_while(|key| key.bytes.len() == end).count();
-        let mut node = Node::EMPTY;
-        keys_below[..ending].iter().for_each(|key| node.end(key));
-        node.text = self.text.len() as u32;
-        node.label = (end - depth) as u32;
-        node.first_child = self.nodes.len() as u32;
+        let end = end.min(depth + LABEL);
+        let ending = keys.iter().take_while(|key| key.bytes.len() == end).count();
+        let mut ends = Ends::default();
+        keys[..ending].iter().for_each(|key| ends.add(key));
+        let groups = || keys[ending..].chunk_by(|a, b| a.bytes[end] == b.bytes[end]);
+        let [low, high] = (groups().count() as u16).to_le_bytes();
+        self.trie.extend([ends.bits, (end - depth) as u8, low, high]);
+        for rule in [ends.exact, ends.string_prefix, ends.prefix].into_iter().flatten() {
+            self.trie.extend_from_slice(&rule.to_le_bytes()[..W]);
+        }
+        if let Some(key) = keys.first() {
+            self.trie.extend_from_slice(&key.bytes[depth..end]);
+        }
+        self.trie.extend(groups().map(|group| group[0].bytes[end]));
         let mut start = from + ending;
-        for group in keys[start..to].chunk_by(|a, b| a.bytes[end] == b.bytes[end]) {
-            self.text.push(group[0].bytes[end]);
-            self.nodes.push(Node::EMPTY);
-            self.spans.push((start, start + group.len(), end));
+        for group in groups() {
+            self.waiting.push_back((start, start + group.len(), end + 1, self.trie.len()));
+            self.trie.extend([0; W]);
             start += group.len();
-            node.children += 1;
         }
-        if let Some(key) = keys_below.first() {
-            self.text.extend_from_slice(&key.bytes[depth..end]);
-        }
-        self.nodes[index] = node;
     }
 }
 
-impl Node {
-    fn end(&mut self, key: &Key) {
+/// The rules that end at one node.
+#[derive(Default)]
+struct Ends {
+    bits: u8,
+    exact: Option<u32>,
+    string_prefix: Option<u32>,
+    prefix: Option<u32>,
+}
+
+impl Ends {
+    fn add(&mut self, key: &Key) {
         match key.path {
-            PathMatch::Exact(_) if self.exact == NONE => self.exact = key.rule,
-            PathMatch::StringPrefix(_) if self.string_prefix == NONE => self.string_prefix = key.rule,
+            PathMatch::Exact(_) if self.bits & EXACT == 0 => {
+                (self.exact, self.bits) = (Some(key.rule), self.bits | EXACT);
+            }
+            PathMatch::StringPrefix(_) if self.bits & STRING_PREFIX == 0 => {
+                (self.string_prefix, self.bits) = (Some(key.rule), self.bits | STRING_PREFIX);
+            }
             PathMatch::Prefix(written) => {
-                let slash = written.ends_with('/');
-                if self.prefix == NONE || (slash && !self.prefix_slash) {
-                    (self.prefix, self.prefix_slash) = (key.rule, slash);
+                let slash = if written.ends_with('/') { SLASH } else { 0 };
+                if self.bits & PREFIX == 0 || slash > self.bits & SLASH {
+                    (self.prefix, self.bits) = (Some(key.rule), self.bits | PREFIX | slash);
                 }
             }
             _ => {}

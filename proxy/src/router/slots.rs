@@ -102,6 +102,12 @@ impl Pools {
         Some(&chunk[slot as usize % CHUNK])
     }
 
+    /// As [`Pools::get`], to be held.
+    pub(super) fn share(&self, slot: u32) -> Option<Arc<CompiledPool>> {
+        let chunk = self.chunks.get(slot as usize / CHUNK)?;
+        Some(chunk[slot as usize % CHUNK].clone())
+    }
+
     pub(super) fn set(&mut self, pool: CompiledPool) {
         let slot = pool.slot as usize;
         if slot / CHUNK >= self.chunks.len() {

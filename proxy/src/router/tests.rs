@@ -35,6 +35,7 @@ fn split(weights: &[(usize, u32)]) -> Split {
         pool: key(*pool),
         weight: *weight,
         canary: format!("c{pool}").into(),
+        steering: None,
     });
     Split { backends: backends.collect(), overrides: Vec::new(), sticky: None }
 }
@@ -150,7 +151,7 @@ fn check_invariants(router: &Router) {
     let mut seen = BTreeSet::new();
     for pattern in router.table.hosts.keys() {
         let host = router.hosts.get(pattern).expect("every host is compiled");
-        for rule in host.rules.iter() {
+        for rule in host.value().rules.iter() {
             if let CompiledAction::Forward(split) = &rule.action {
                 assert!(split.turn().is_none_or(|turn| seen.insert(turn)), "two splits share a turn");
             }
@@ -219,7 +220,7 @@ fn patching_gives_the_same_router_as_starting_over() {
 }
 
 fn rules_of(router: &Router, host: &str) -> Arc<[CompiledRule]> {
-    router.hosts.get(&HostPattern::new(host)).expect("host exists").rules.clone()
+    router.hosts.get(&HostPattern::new(host)).expect("host exists").value().rules.clone()
 }
 
 #[test]
@@ -346,12 +347,25 @@ fn old_generations_are_freed_by_the_publisher() {
 }
 
 #[test]
-fn hosts_with_the_same_paths_share_one_trie() {
+fn hosts_with_the_same_paths_share_one_trie_from_the_second_on() {
     let live = Live::default();
     let rules = |target| [prefix("/", &[(target, 1)]), prefix("/x", &[(target, 1)])];
-    let desired = table(&[("a", &rules(0)), ("b", &rules(1)), ("c", &[prefix("/", &[(0, 1)])])], &[]);
-    let router = Router::empty().compile(desired, &live);
-    let trie = |host| router.hosts.get(&HostPattern::new(host)).expect("host exists").paths.clone();
-    assert!(Arc::ptr_eq(&trie("a"), &trie("b")));
-    assert!(!Arc::ptr_eq(&trie("a"), &trie("c")));
+    let hosts = ["a", "b", "c"].map(|host| (host, rules(0)));
+    let mut desired = table(&hosts.each_ref().map(|(host, rules)| (*host, rules.as_slice())), &[]);
+    desired.hosts.insert(HostPattern::new("d"), Arc::new(Host { rules: vec![prefix("/", &[(0, 1)])] }));
+    let mut router = Router::empty().compile(desired.clone(), &live);
+    let shared = |router: &Router, host| {
+        router.hosts.get(&HostPattern::new(host)).and_then(|host| host.value().trie.clone())
+    };
+    for _ in 0..3 {
+        assert!(shared(&router, "a").is_none() && shared(&router, "d").is_none());
+        let (b, c) = (shared(&router, "b").expect("shared"), shared(&router, "c").expect("shared"));
+        assert!(Arc::ptr_eq(&b, &c));
+        // Other targets, the same paths: nothing moves.
+        for host in ["a", "c", "d"] {
+            let edited = Arc::make_mut(desired.hosts.get_mut(&HostPattern::new(host)).expect("host exists"));
+            edited.rules[0] = prefix("/", &[(1, router.generation() as u32)]);
+        }
+        router = router.compile(desired.clone(), &live);
+    }
 }

@@ -8,6 +8,7 @@ fn table(weights: &[u32], overrides: Vec<Override>, sticky: Option<Sticky>) -> S
         pool: PoolKey(format!("ns/s{index}:80").into()),
         weight: *weight,
         canary: if index == 0 { "".into() } else { format!("canary-{index}").into() },
+        steering: None,
     });
     Split { backends: backends.collect(), overrides, sticky }
 }
@@ -18,6 +19,7 @@ fn compile(split: &Split) -> CompiledSplit {
         pool,
         canary: backend.canary.clone(),
         stats: Arc::default(),
+        steering: backend.steering.clone(),
     });
     CompiledSplit::new(split, backends.collect(), CompiledSplit::needs_turn(split).then_some(0))
 }

@@ -107,6 +107,7 @@ where
         UpstreamProtocol::H2c => (false, true),
         UpstreamProtocol::Https => (true, false),
         UpstreamProtocol::H2 => (true, true),
+        UpstreamProtocol::Tcp | UpstreamProtocol::Udp => unreachable!("speaks no HTTP"),
     };
     let acceptor = tls.then(|| acceptor(http2));
     tokio::spawn(async move {

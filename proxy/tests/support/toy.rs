@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use lockgate_proxy::config::{Config, Drain};
 use lockgate_proxy::table::{
-    Action, Backend, Balance, Endpoint, Host, HostPattern, Origin, PathMatch, Pool, PoolKey, RoutingTable,
-    Rule, RuleLimits, Split, UpstreamProtocol,
+    Action, Backend, Endpoint, Host, HostPattern, Origin, PathMatch, Pool, PoolKey, RoutingTable, Rule,
+    RuleLimits, Split, UpstreamProtocol,
 };
 use lockgate_proxy::{Proxy, Publisher};
 
@@ -57,12 +57,12 @@ pub fn pool(endpoints: &[SocketAddr], protocol: UpstreamProtocol) -> Pool {
     let endpoint = |&address| Endpoint { address, weight: 1, zone: None };
     let mut endpoints: Vec<_> = endpoints.iter().map(endpoint).collect();
     endpoints.sort();
-    Pool { protocol, balance: Balance::RoundRobin, endpoints }
+    Pool { protocol, endpoints, ..Pool::default() }
 }
 
 /// A rule that forwards to one pool.
 pub fn rule(path: PathMatch, pool: &str) -> Rule {
-    let backend = Backend { pool: key(pool), weight: 1, canary: "".into() };
+    let backend = Backend { pool: key(pool), weight: 1, canary: "".into(), steering: None };
     Rule {
         path,
         origin: Arc::new(Origin { kind: "Ingress", namespace: "default".into(), name: "app".into() }),

@@ -67,6 +67,7 @@ impl App {
             pool: toy::key(&pool_name(host, pool)),
             weight: self.weights[pool],
             canary: if pool == 0 { "".into() } else { "canary".into() },
+            steering: None,
         };
         split.backends = vec![backend(0), backend(1)];
         let mut rules: Vec<Rule> = vec![

@@ -14,7 +14,7 @@ fn reserialised(bytes: &[u8]) -> Option<Vec<u8>> {
     let mut room = HeaderRoom::new();
     let head = RequestHead::parse(bytes, &mut room, &Limits::default()).ok()??;
     let client = Client::new("192.0.2.7:4711".parse().unwrap(), "127.0.0.1:80".parse().unwrap(), &[], None);
-    let told = client.forwarded(&claims(&head));
+    let told = client.forwarded(|| claims(&head));
     let id = RequestId::new(head.first(Field::XRequestId), &mut fastrand::Rng::with_seed(1));
     let mut out = Vec::new();
     write_request(&mut out, &head, &client, &told, &id);

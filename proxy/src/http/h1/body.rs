@@ -48,6 +48,18 @@ impl Incoming {
         })
     }
 
+    /// `n` bytes of a body of known length went past the buffer.
+    pub(crate) fn passed(&mut self, n: u64) {
+        if let Incoming::Length(left) = self {
+            *left -= n;
+        }
+    }
+
+    /// A body of known length has no byte left.
+    pub(crate) fn is_through(&self) -> bool {
+        matches!(self, Incoming::Length(0))
+    }
+
     /// Whether the end of the connection is the end of the body.
     pub(crate) fn ends_at_close(&self) -> bool {
         matches!(self, Incoming::UntilClose)

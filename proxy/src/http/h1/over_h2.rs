@@ -179,7 +179,7 @@ fn write_head(out: &mut Output, response: &Response<h2::RecvStream>, to: Deliver
             put(out, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
         }
     }
-    out.extend_from_slice(&order.forward.split.bucket_line(order.forward.choice));
+    out.extend_from_slice(&order.cookie_lines());
     write_framing(out, to.framing);
     out.extend_from_slice(connection_line(to.keep_alive, to.minor));
     out.extend_from_slice(b"\r\n");

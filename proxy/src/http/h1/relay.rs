@@ -19,6 +19,7 @@ use crate::timer::{Late, Timer};
 use crate::upstream::{Peer, Upstream};
 
 use super::body::Incoming;
+use super::bulk;
 use super::upload::Upload;
 use super::{Http1, Next, Plan, Shape, send};
 
@@ -253,11 +254,12 @@ fn reply(
         return Err(BadResponse("malformed response head"));
     };
     let switches = head.status == 101;
-    if switches && !plan.wants_upgrade {
+    let asked = head.upgrade.is_some_and(|p| p.eq_ignore_ascii_case(&plan.upgrade));
+    if switches && (plan.upgrade.is_empty() || !asked) {
         return Err(BadResponse("endpoint switched protocols unasked"));
     }
     let delivery = delivery(order, plan.shape, head.framing, source.is_done());
-    let extra = order.forward.split.bucket_line(order.forward.choice);
+    let extra = order.cookie_lines();
     out.clear();
     write_response(out, &head, delivery, &extra);
     let reply =
@@ -360,6 +362,16 @@ async fn deliver(
             return Ok(());
         }
         answer.release();
+        if let Some(sockets) = bulk::sockets(&body, source, endpoint) {
+            let mut moved = 0;
+            let spliced = bulk::splice(order, timer, sockets, &mut moved).await;
+            record.bytes_out += moved;
+            spliced.map_err(Broken::Midway)?;
+            body.passed(moved);
+            if body.is_through() {
+                return Ok(());
+            }
+        }
         ended = match step(order, timer, source, endpoint, answer).await {
             Ok(n) => n == 0,
             Err(Failure::Late) => return Err(Broken::Midway("endpoint timed out within a response body")),

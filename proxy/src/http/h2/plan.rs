@@ -6,10 +6,11 @@ use http::{HeaderMap, HeaderValue, Method, Request, header};
 use smallvec::SmallVec;
 
 use crate::buffer::Output;
-use crate::http::client::{Claims, Client, Forwarded};
+use crate::http::client::{Client, Forwarded};
 use crate::http::forward::{RequestId, put, write_framing};
 use crate::http::head::{Framing, Reject, is_authority};
 use crate::http::{Asked, Verdict, decide, map, write_https_location};
+use crate::limit::{self, Held};
 use crate::router::Router;
 use crate::table::UpstreamProtocol;
 
@@ -26,6 +27,8 @@ pub(super) struct Plan<'q> {
     pub(super) head: Output,
     /// Request for an HTTP/2 endpoint.
     pub(super) request: Option<Request<()>>,
+    /// The request in its client's account.
+    pub(super) held: Option<Held>,
     /// The stream is to become a tunnel; what an HTTP/1 endpoint has to prove it has read.
     pub(super) websocket: Option<Key>,
 }
@@ -49,17 +52,27 @@ pub(super) fn plan<'r, 'q>(
         return Err(Reject { status: 431, reason: "too many header fields" });
     }
     let websocket = websocket::is_wanted(request)?;
-    // Nobody else is believed, so nobody else is asked.
-    let claims = if client.trusted { map::claims(request.headers()) } else { Claims::default() };
-    let forwarded = client.forwarded(&claims);
+    if *request.method() == Method::TRACE {
+        return Err(Reject { status: 405, reason: "method not allowed" });
+    }
+    require_form(request, target)?;
+    let forwarded = client.forwarded(|| map::claims(request.headers()));
     let view = map::MapView { headers: request.headers(), client: forwarded.address };
     let https = forwarded.is_https(client);
-    let asked = Asked { authority, path: request.uri().path().as_bytes(), https };
-    let verdict = decide(worker, router, client, &asked, &view)?;
+    let asked = Asked {
+        authority,
+        method: request.method().as_str().as_bytes(),
+        target: target.as_bytes(),
+        path: request.uri().path().as_bytes(),
+        https,
+    };
+    let mut verdict = decide(worker, router, client, &asked, &view)?;
+    let held = limit::admit(worker, &mut verdict, forwarded.address);
     let sent = request.headers().get("x-request-id").map(HeaderValue::as_bytes);
     let id = RequestId::new(sent, &mut worker.random.borrow_mut());
     let websocket = websocket.then(|| Key::new(&mut worker.random.borrow_mut()));
-    let mut plan = Plan { authority, id, location: None, head: Output::take(), request: None, websocket };
+    let mut plan =
+        Plan { authority, id, location: None, head: Output::take(), request: None, held, websocket };
     match &verdict {
         Verdict::Answer(answer) if answer.to_https => {
             let mut location = Vec::new();
@@ -70,7 +83,10 @@ pub(super) fn plan<'r, 'q>(
         Verdict::Forward(forward) => {
             let pool = router.pool(forward.split.backends[forward.choice.backend].pool);
             match pool.protocol {
-                UpstreamProtocol::Http1 | UpstreamProtocol::Https => {
+                UpstreamProtocol::Http1
+                | UpstreamProtocol::Https
+                | UpstreamProtocol::Tcp
+                | UpstreamProtocol::Udp => {
                     write_request(&mut plan, client, &forwarded, request, framing(request, body));
                 }
                 UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
@@ -113,6 +129,25 @@ fn authority(request: &Request<()>) -> Result<&[u8], Reject> {
         true => Ok(authority),
         false => Err(Reject { status: 400, reason: "malformed :authority" }),
     }
+}
+
+/// What the `h2` crate lets pass and HTTP/1 does not: it must not become a request line.
+fn require_form(request: &Request<()>, target: &str) -> Result<(), Reject> {
+    let bad = |reason| Err(Reject { status: 400, reason });
+    if !target.starts_with('/') && (target != "*" || *request.method() != Method::OPTIONS) {
+        return bad("malformed :path");
+    }
+    if target.bytes().any(|b| !(0x21..=0x7e).contains(&b)) {
+        return bad("illegal character in :path");
+    }
+    // Without :authority the crate keeps no scheme.
+    if request.uri().scheme_str().is_some_and(str::is_empty) {
+        return bad("empty :scheme");
+    }
+    if request.headers().get_all(header::CONTENT_LENGTH).iter().count() > 1 {
+        return bad("duplicate Content-Length");
+    }
+    Ok(())
 }
 
 fn with_authority(mut request: Request<()>, scheme: &str, authority: &[u8]) -> Result<Request<()>, Reject> {

@@ -61,7 +61,7 @@ pub(super) async fn serve(work: Work, timer: &mut Timer) {
         is_grpc: is_grpc(&request),
     };
     let router = worker.router();
-    let mut far = None;
+    let (mut far, mut _held) = (None, None);
     match plan(&shared, &router, &request, &body) {
         Err(reject) => {
             stream.record.reason = reject.reason;
@@ -73,9 +73,11 @@ pub(super) async fn serve(work: Work, timer: &mut Timer) {
             stream.answer(reject.status, None).await;
             stream.finish(&request, None, b"");
         }
-        Ok((verdict, plan)) => {
+        Ok((verdict, mut plan)) => {
             far = stream.carry_out(&router, &verdict, &plan, &request, body).await;
             stream.finish(&request, Some(&verdict), plan.id.as_bytes());
+            // A tunnel stays in its client's account.
+            _held = plan.held.take();
         }
     }
     worker.metrics.requests_in_flight.dec();
@@ -107,7 +109,7 @@ impl Stream<'_> {
         let worker = &*self.shared.worker;
         // Of a tunnel nothing has been sent before it stands.
         let idempotent = plan.websocket.is_some() || is_idempotent(request.method().as_str().as_bytes());
-        let order = Order { worker, router, forward, idempotent, is_head: self.is_head };
+        let order = Order::new(worker, router, forward, idempotent, self.is_head);
         let framing = framing(request, &body);
         let limit = order.body_limit();
         if matches!(framing, Framing::Length(n) if n > limit) {
@@ -375,7 +377,7 @@ impl Stream<'_> {
     ) -> Result<(), Failure> {
         let status = parts.status.as_u16();
         (self.record.status, self.record.upstream_status) = (status, status);
-        let bucket = order.forward.split.bucket_line(order.forward.choice);
+        let bucket = order.cookie_lines();
         parts.headers.extend(chunked::header_map(&bucket).unwrap_or_default());
         parts.version = http::Version::HTTP_2;
         self.send_head(Response::from_parts(parts, ()), end)
@@ -496,7 +498,7 @@ fn response_of(
     if head.framing == Framing::Chunked || head.framing == Framing::Close {
         headers.remove(header::CONTENT_LENGTH);
     }
-    let bucket = order.forward.split.bucket_line(order.forward.choice);
+    let bucket = order.cookie_lines();
     headers.extend(chunked::header_map(&bucket).unwrap_or_default());
     let (framing, reusable, length) = (head.framing, head.keep_alive, head.length);
     drop(head);

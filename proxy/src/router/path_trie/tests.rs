@@ -50,11 +50,11 @@ fn agrees_with_trying_every_rule() {
         let mut random = fastrand::Rng::with_seed(seed);
         let rules: BTreeSet<PathMatch> = (0..random.usize(0..40)).map(|_| random_rule(&mut random)).collect();
         let rules: Vec<PathMatch> = rules.into_iter().collect();
-        let trie = PathTrie::new(rules.iter());
+        let trie = encode(rules.iter());
         for _ in 0..200 {
             let path = random_path(&mut random);
             assert_eq!(
-                trie.find(path.as_bytes()),
+                find(&trie, path.as_bytes()),
                 naive(&rules, &path),
                 "seed {seed}, path {path:?}, rules {rules:?}"
             );
@@ -90,22 +90,23 @@ fn precedence() {
         ("/s/x", Prefix("/s/".into())),
         ("/sx", Prefix("/".into())),
     ];
-    let trie = PathTrie::new(rules.iter());
+    let trie = encode(rules.iter());
     for (path, expected) in cases {
-        let found = trie.find(path.as_bytes()).map(|rule| &rules[rule as usize]);
+        let found = find(&trie, path.as_bytes()).map(|rule| &rules[rule as usize]);
         assert_eq!(found, Some(expected), "{path}");
     }
 }
 
 #[test]
 fn no_rule_and_bytes_that_are_no_text() {
-    assert_eq!(PathTrie::new([].into_iter()).find(b"/"), None);
+    assert_eq!(find(&encode([].into_iter()), b"/"), None);
+    assert_eq!(find(&[], b"/"), None);
     let rules = [PathMatch::Prefix("/a".into())];
-    let trie = PathTrie::new(rules.iter());
-    assert_eq!(trie.find(b"/a/\xff\x00"), Some(0));
-    assert_eq!(trie.find(b"/a\xff"), None);
-    assert_eq!(trie.find(b"/"), None);
-    assert_eq!(trie.find(b"*"), None);
+    let trie = encode(rules.iter());
+    assert_eq!(find(&trie, b"/a/\xff\x00"), Some(0));
+    assert_eq!(find(&trie, b"/a\xff"), None);
+    assert_eq!(find(&trie, b"/"), None);
+    assert_eq!(find(&trie, b"*"), None);
 }
 
 /// Depth and breadth that recursion or a scan would not survive.
@@ -113,12 +114,34 @@ fn no_rule_and_bytes_that_are_no_text() {
 fn many_and_deep_paths() {
     let mut rules: Vec<PathMatch> = (0..10_000).map(|n| PathMatch::Prefix(format!("/p{n}").into())).collect();
     rules.extend((0..2_000).map(|n| PathMatch::Exact("/d".repeat(n).into())));
-    let trie = PathTrie::new(rules.iter());
+    let trie = encode(rules.iter());
     for n in (0..10_000).step_by(7) {
-        assert_eq!(trie.find(format!("/p{n}/x").as_bytes()), Some(n));
+        assert_eq!(find(&trie, format!("/p{n}/x").as_bytes()), Some(n));
     }
-    assert_eq!(trie.find(b"/p10000/x"), None);
+    assert_eq!(find(&trie, b"/p10000/x"), None);
     for n in 1..2_000 {
-        assert_eq!(trie.find("/d".repeat(n as usize).as_bytes()), Some(10_000 + n));
+        assert_eq!(find(&trie, "/d".repeat(n as usize).as_bytes()), Some(10_000 + n));
     }
+}
+
+#[test]
+fn labels_longer_than_a_node_holds() {
+    let long = |n: usize| format!("/{}", "x".repeat(n));
+    let lengths = [1, 253, 254, 255, 256, 509, 510, 511, 512, 2_000];
+    let rules: Vec<PathMatch> = lengths.iter().map(|n| PathMatch::Exact(long(*n).into())).collect();
+    let trie = encode(rules.iter());
+    for n in 0..2_100 {
+        let expected = lengths.iter().position(|length| *length == n).map(|rule| rule as u32);
+        assert_eq!(find(&trie, long(n).as_bytes()), expected, "{n}");
+    }
+    let one = encode(rules[9..].iter());
+    assert_eq!(find(&one, long(2_000).as_bytes()), Some(0));
+    assert_eq!(find(&one, long(1_999).as_bytes()), None);
+}
+
+/// Ten short paths, as an application has them, fit a few cache lines.
+#[test]
+fn a_small_trie_is_small() {
+    let rules: Vec<PathMatch> = (0..10).map(|n| PathMatch::Prefix(format!("/part{n}").into())).collect();
+    assert!(encode(rules.iter()).len() <= 128);
 }
