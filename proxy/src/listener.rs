@@ -81,7 +81,7 @@ pub(crate) async fn accept(
 }
 
 /// Ready once `stop` is true; never if nobody can tell any more.
-async fn stopped(stop: &mut watch::Receiver<bool>) {
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
     if stop.wait_for(|stop| *stop).await.is_err() {
         std::future::pending::<()>().await;
     }
