@@ -147,7 +147,7 @@ impl Answer<'_> {
     fn passthrough(&mut self) -> bool {
         let Some(found) = self.router.passthrough(&self.question.host) else { return false };
         let route = found.desired.clone();
-        let what = format!("passed through unopened, as {} wants it", routes::object_text(&route.origin));
+        let what = format!("passed through unopened, as {} wants it", routes::origin_text(&route.origin));
         self.step("tls", Tone::Good, &what);
         let endpoints = routes::endpoints(self.router.table(), &route.pool);
         let tone = if endpoints > 0 { Tone::Good } else { Tone::Bad };
@@ -241,7 +241,11 @@ impl Answer<'_> {
             (_, n) => format!("the longest of {n} matches"),
         };
         let (kind, written) = (routes::path_type(&rule.path), printable(rule.path.as_str()));
-        self.step("path", Tone::Good, &format!("{kind} {written} of {}: {why}", routes::origin_text(&rule)));
+        self.step(
+            "path",
+            Tone::Good,
+            &format!("{kind} {written} of {}: {why}", routes::origin_text(&rule.origin)),
+        );
         self.others(host, Some(&rule.path), path);
         Some(rule)
     }

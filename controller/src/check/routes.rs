@@ -1,8 +1,11 @@
 //! The routes of a table as rows for people and programs.
 
+use std::sync::Arc;
+
 use lockgate_proxy::RoutingTable;
 use lockgate_proxy::table::{
-    Action, Backend, HostPattern, Origin, PathMatch, PoolKey, Rule, Split, Sticky, When,
+    Action, Backend, HostPattern, L4Listener, ListenerKey, Origin, PathMatch, PoolKey, Rule, Split, Sticky,
+    When,
 };
 use serde::Serialize;
 
@@ -52,6 +55,36 @@ pub(crate) struct Share {
     pub(crate) endpoints: usize,
 }
 
+/// One port that is relayed as it is.
+#[derive(Debug, PartialEq, Serialize)]
+pub(crate) struct Port {
+    /// `tcp/0.0.0.0:5432`
+    pub(crate) listener: String,
+    /// The object that asked for it: `ConfigMap ingress-nginx/tcp-services`.
+    pub(crate) origin: String,
+    /// `namespace/service:port`
+    pub(crate) service: String,
+    /// How many endpoints there are now.
+    pub(crate) endpoints: usize,
+    /// Clients begin with a PROXY header.
+    pub(crate) reads_proxy_header: bool,
+    /// Endpoints are sent one.
+    pub(crate) writes_proxy_header: bool,
+}
+
+/// Every port, TCP first.
+pub(crate) fn ports(table: &RoutingTable) -> Vec<Port> {
+    let port = |(key, listener): (&ListenerKey, &Arc<L4Listener>)| Port {
+        listener: key.to_string(),
+        origin: origin_text(&listener.origin),
+        service: listener.pool.0.split('#').next().unwrap_or_default().to_owned(),
+        endpoints: endpoints(table, &listener.pool),
+        reads_proxy_header: listener.proxy_protocol.accept,
+        writes_proxy_header: listener.proxy_protocol.send.is_some(),
+    };
+    table.listeners.iter().map(port).collect()
+}
+
 /// Every rule, by host and path.
 pub(crate) fn routes(table: &RoutingTable) -> Vec<Route> {
     let mut routes = Vec::new();
@@ -74,7 +107,7 @@ fn route(table: &RoutingTable, pattern: &HostPattern, rule: &Rule) -> Route {
         host: host_text(pattern),
         path: rule.path.as_str().to_owned(),
         path_type: path_type(&rule.path),
-        origin: origin_text(rule),
+        origin: origin_text(&rule.origin),
         tls: certificate_pattern(table, pattern.as_str()).is_some(),
         passthrough: table.passthrough.get(pattern).map(|passed| passed.pool.0.to_string()),
         https_redirect: rule.https_redirect,
@@ -97,11 +130,7 @@ pub(crate) fn path_type(path: &PathMatch) -> &'static str {
     }
 }
 
-pub(crate) fn origin_text(rule: &Rule) -> String {
-    object_text(&rule.origin)
-}
-
-pub(crate) fn object_text(origin: &Origin) -> String {
+pub(crate) fn origin_text(origin: &Origin) -> String {
     format!("{} {}/{}", origin.kind, origin.namespace, origin.name)
 }
 
@@ -181,6 +210,23 @@ pub(crate) fn print(text: &mut Text, routes: &[Route]) {
             rows.push([row, vec![(tone, target)]].concat());
         }
     }
+    text.table(2, &rows);
+}
+
+/// The table of ports as text.
+pub(crate) fn print_ports(text: &mut Text, ports: &[Port]) {
+    let head = ["LISTENER", "TO"].map(|title| (Tone::Faint, title.to_owned()));
+    let row = |port: &Port| {
+        let mut to = format!("{}  {}", port.service, endpoint_text(port.endpoints));
+        to.push_str(match (port.reads_proxy_header, port.writes_proxy_header) {
+            (true, true) => "  [PROXY header read and written]",
+            (true, false) => "  [PROXY header read]",
+            (false, true) => "  [PROXY header written]",
+            (false, false) => "",
+        });
+        vec![(Tone::Plain, port.listener.clone()), (Tone::Plain, printable(&to))]
+    };
+    let rows: Vec<_> = std::iter::once(head.to_vec()).chain(ports.iter().map(row)).collect();
     text.table(2, &rows);
 }
 

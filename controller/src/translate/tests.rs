@@ -182,8 +182,17 @@ fn cluster_scoped(mut meta: Meta) -> Meta {
     meta
 }
 
+fn config_map(rng: &mut Rng) -> Object {
+    let data = many(rng, 3, |rng| {
+        let port = pick(rng, &["9000", "9001", "53", "port"]);
+        let text = format!("n/{}:{}", pick(rng, &NAMES), pick(rng, &["80", "http", "81:PROXY"]));
+        (port.into(), if rng.u8(..8) == 0 { "nothing".into() } else { text.into() })
+    });
+    Object::ConfigMap(ConfigMap { meta: meta(rng), data: data.into_iter().collect() })
+}
+
 fn object(rng: &mut Rng) -> Object {
-    match rng.u8(..20) {
+    match rng.u8(..22) {
         0..8 => ingress(rng),
         8..11 => service(rng),
         11..13 => slice(rng),
@@ -197,6 +206,7 @@ fn object(rng: &mut Rng) -> Object {
             };
             Object::IngressClass(IngressClass { meta: Meta { name: "own".into(), ..class.meta }, ..class })
         }
+        19..21 => config_map(rng),
         _ => Object::Node(Node {
             meta: cluster_scoped(meta(rng)),
             zone: maybe(rng, 0.7, |rng| pick(rng, &["west", "north"]).into()),
@@ -209,7 +219,12 @@ fn options(rng: &mut Rng) -> Options {
         ingress_class: maybe(rng, 0.4, |_| "own".to_owned()),
         require_class: rng.u8(..4) == 0,
         default_certificate: maybe(rng, 0.4, |rng| Key::new("n", pick(rng, &NAMES))),
-        ..Options::default()
+        streams: StreamOptions {
+            tcp_services: maybe(rng, 0.6, |rng| Key::new("n", pick(rng, &NAMES))),
+            udp_services: maybe(rng, 0.6, |rng| Key::new("n", pick(rng, &NAMES))),
+            reserved: [9001].into(),
+            ..StreamOptions::default()
+        },
     }
 }
 
@@ -228,6 +243,10 @@ fn check_invariants(desired: &Desired, store: &Store) {
             assert!(split.overrides.iter().all(|one| (1..split.backends.len()).contains(&one.backend)));
             named.extend(split.backends.iter().map(|backend| backend.pool.clone()));
         }
+    }
+    for (key, listener) in &desired.routes.listeners {
+        assert!(desired.routes.pools.contains_key(&listener.pool), "{key} goes nowhere");
+        named.insert(listener.pool.clone());
     }
     for (key, pool) in &desired.routes.pools {
         assert!(named.contains(key), "no rule names {key:?}");
