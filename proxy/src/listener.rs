@@ -254,7 +254,7 @@ async fn pass_through(
         Ok(None) => Some(opening),
         Ok(Some(name)) => {
             counted.speaks(Speaks::Passthrough);
-            passthrough::relay(worker, opening, &name).await;
+            passthrough::serve(worker, opening, &name).await;
             None
         }
         Err(_) => {
