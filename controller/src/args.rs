@@ -14,6 +14,7 @@ use crate::store::Key;
 use crate::translate::Options;
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
 use lockgate_proxy::config::{Config, Drain, Limits, ProxyProtocol, Timeouts};
+use lockgate_proxy::table::Balance;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -117,6 +118,9 @@ pub struct ObjectArgs {
     /// Without it they see a self-signed one
     #[arg(long, value_name = "NAMESPACE/NAME", env = "LOCKGATE_DEFAULT_SSL_CERTIFICATE", value_parser = parse_key)]
     pub default_ssl_certificate: Option<Key>,
+    /// How endpoints are chosen where no Ingress says otherwise: round_robin, ewma or least_request
+    #[arg(long, value_name = "NAME", default_value = "round_robin", env = "LOCKGATE_LOAD_BALANCE", value_parser = parse_balance)]
+    pub load_balance: Balance,
     /// Larger files are refused
     #[arg(long, value_name = "SIZE", default_value = "32MiB", env = "LOCKGATE_MAX_FILE_SIZE")]
     pub max_file_size: Size,
@@ -131,6 +135,7 @@ impl ObjectArgs {
         Options {
             ingress_class: self.ingress_class.clone(),
             default_certificate: self.default_ssl_certificate.clone(),
+            load_balance: self.load_balance,
             ..Options::default()
         }
     }
@@ -177,6 +182,10 @@ pub struct IngressArgs {
     /// Write the access log to this file instead
     #[arg(long, value_name = "FILE", env = "LOCKGATE_ACCESS_LOG_FILE")]
     pub access_log_file: Option<PathBuf>,
+    /// The zone this runs in (topology.kubernetes.io/zone of its node). Services with
+    /// trafficDistribution are then served from this zone, as far as its endpoints can carry it
+    #[arg(long, value_name = "ZONE", env = "LOCKGATE_ZONE")]
+    pub zone: Option<String>,
     #[allow(missing_docs)]
     #[command(flatten)]
     pub objects: ObjectArgs,
@@ -332,6 +341,7 @@ impl IngressArgs {
             trusted: self.trusted_proxies.clone(),
             proxy_protocol: self.accept.proxy_protocol(),
             access_log: self.access_log(),
+            zone: self.zone.as_deref().filter(|zone| !zone.is_empty()).map(Into::into),
             drain: Drain { grace: self.stop.shutdown_grace_period.0, deadline: self.stop.drain_timeout.0 },
             ..defaults
         }
@@ -473,6 +483,10 @@ pub enum Output {
 /// A duration on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span(pub Duration);
+
+fn parse_balance(text: &str) -> Result<Balance, String> {
+    crate::translate::balance(text).ok_or_else(|| "use round_robin, ewma or least_request".to_owned())
+}
 
 impl FromStr for Span {
     type Err = String;

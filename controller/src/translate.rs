@@ -7,7 +7,7 @@ use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 use lockgate_ebpf::ServiceTable;
 use lockgate_proxy::RoutingTable;
-use lockgate_proxy::table::HostPattern;
+use lockgate_proxy::table::{Balance, HostPattern};
 
 use crate::objects::{Kind, Notice, ObjectRef};
 use crate::store::{Key, Store};
@@ -22,10 +22,13 @@ mod plan;
 mod pools;
 mod settings;
 mod status;
+mod steering;
+mod wish;
 
 use certificates::Certificates;
 use ingresses::{Classes, Ingresses};
 use pools::Pools;
+pub(crate) use wish::balance;
 
 /// What the operator chose, fixed for the life of the process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,6 +41,9 @@ pub struct Options {
     pub require_class: bool,
     /// A Secret of type `kubernetes.io/tls` for clients whose SNI matches nothing.
     pub default_certificate: Option<Key>,
+    /// How endpoints are chosen where no Ingress says otherwise
+    /// (ingress-nginx's `load-balance`).
+    pub load_balance: Balance,
 }
 
 /// What should be live.
@@ -97,7 +103,7 @@ struct Dirty {
 impl Translator {
     /// A translator that has seen nothing yet.
     pub fn new(options: Options) -> Translator {
-        Translator { options, ..Translator::default() }
+        Translator { pools: Pools::new(&options), options, ..Translator::default() }
     }
 
     /// The desired state for `store`. Never fails: what is wrong with an object

@@ -10,6 +10,18 @@ use crate::objects::{Labels, Notice};
 pub(super) const PREFIX: &str = "nginx.ingress.kubernetes.io/";
 pub(super) const STICKY: &str = "lockgate.io/canary-sticky";
 
+/// Our own.
+const OWN: [&str; 8] = [
+    STICKY,
+    "lockgate.io/health-check",
+    "lockgate.io/health-check-healthy",
+    "lockgate.io/health-check-host",
+    "lockgate.io/health-check-interval",
+    "lockgate.io/health-check-timeout",
+    "lockgate.io/health-check-unhealthy",
+    "lockgate.io/slow-start",
+];
+
 /// What an annotation means here.
 #[derive(Clone, Copy, Debug)]
 enum Meaning {
@@ -26,8 +38,6 @@ enum Meaning {
     /// Changes answers, and is not implemented: served without it. The text is
     /// the value that means the same as none.
     NotYet(&'static str),
-    /// The same on a canary Ingress, where ingress-nginx reads it too.
-    NotYetOfCanary(&'static str),
     /// Nothing to do, and why.
     NoEffect(&'static str),
 }
@@ -44,17 +54,17 @@ enum Enabled {
 }
 
 use Enabled::{NotZero, Set, Snippet};
-use Meaning::{NoEffect, NotYet, NotYetOfCanary, OfCanary, Restricts, RestrictsHost, Served, Tunes};
+use Meaning::{NoEffect, NotYet, OfCanary, Restricts, RestrictsHost, Served, Tunes};
 
 const BUFFERS: &str = "bodies are streamed with bounded buffers";
 const NGINX_FILES: &str = "nothing is ever written to a file";
 const MODERN_TLS: &str = "ciphers are rustls's, all of them strong";
 
 #[rustfmt::skip]
-const KNOWN: [(&str, Meaning); 145] = [
-    ("affinity",                                 NotYetOfCanary("")),
-    ("affinity-canary-behavior",                 NotYetOfCanary("sticky")),
-    ("affinity-mode",                            NotYetOfCanary("balanced")),
+const KNOWN: [(&str, Meaning); 146] = [
+    ("affinity",                                 OfCanary),
+    ("affinity-canary-behavior",                 OfCanary),
+    ("affinity-mode",                            OfCanary),
     ("allowlist-source-range",                   Restricts(Set)),
     ("app-root",                                 NotYet("")),
     ("auth-always-set-cookie",                   Tunes),
@@ -172,16 +182,17 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("server-alias",                             NotYet("")),
     ("server-snippet",                           RestrictsHost(Snippet)),
     ("service-upstream",                         NotYet("false")),
-    ("session-cookie-change-on-failure",         NotYetOfCanary("false")),
-    ("session-cookie-conditional-samesite-none", NotYetOfCanary("false")),
-    ("session-cookie-domain",                    NotYetOfCanary("")),
-    ("session-cookie-expires",                   NotYetOfCanary("")),
-    ("session-cookie-max-age",                   NotYetOfCanary("")),
-    ("session-cookie-name",                      NotYetOfCanary("INGRESSCOOKIE")),
-    ("session-cookie-partitioned",               NotYetOfCanary("false")),
-    ("session-cookie-path",                      NotYetOfCanary("")),
-    ("session-cookie-samesite",                  NotYetOfCanary("")),
-    ("session-cookie-secure",                    NotYetOfCanary("")),
+    ("session-cookie-change-on-failure",         OfCanary),
+    ("session-cookie-conditional-samesite-none", OfCanary),
+    ("session-cookie-domain",                    OfCanary),
+    ("session-cookie-expires",                   OfCanary),
+    ("session-cookie-hash",                      NoEffect("ingress-nginx 0.24 removed it: the cookie shows no address either way")),
+    ("session-cookie-max-age",                   OfCanary),
+    ("session-cookie-name",                      OfCanary),
+    ("session-cookie-partitioned",               OfCanary),
+    ("session-cookie-path",                      OfCanary),
+    ("session-cookie-samesite",                  OfCanary),
+    ("session-cookie-secure",                    OfCanary),
     ("ssl-ciphers",                              NoEffect(MODERN_TLS)),
     ("ssl-passthrough",                          RestrictsHost(Set)),
     ("ssl-prefer-server-ciphers",                NoEffect(MODERN_TLS)),
@@ -189,9 +200,9 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("stream-snippet",                           NotYet("")),
     ("temporal-redirect",                        NotYet("")),
     ("temporal-redirect-code",                   NotYet("302")),
-    ("upstream-hash-by",                         NotYetOfCanary("")),
-    ("upstream-hash-by-subset",                  NotYetOfCanary("false")),
-    ("upstream-hash-by-subset-size",             NotYetOfCanary("3")),
+    ("upstream-hash-by",                         OfCanary),
+    ("upstream-hash-by-subset",                  OfCanary),
+    ("upstream-hash-by-subset-size",             OfCanary),
     ("upstream-vhost",                           NotYet("")),
     ("use-port-in-redirects",                    NotYet("false")),
     ("use-regex",                                NotYet("false")),
@@ -218,8 +229,8 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
     let mut closed: Option<Closed> = None;
     for (key, value) in annotations {
         let Some(name) = key.strip_prefix(PREFIX) else {
-            if key.starts_with("lockgate.io/") && &**key != STICKY {
-                notices.push(unknown(key, STICKY.to_owned()));
+            if key.starts_with("lockgate.io/") && !OWN.contains(&&**key) {
+                notices.push(unknown_own(key));
             }
             continue;
         };
@@ -228,7 +239,7 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
             notices.push(unknown(key, nearest));
             continue;
         };
-        if canary && !matches!(meaning, OfCanary | NotYetOfCanary(_)) {
+        if canary && !matches!(meaning, OfCanary) {
             notices.push(ignored_on_canary(key, value, meaning));
             continue;
         }
@@ -271,11 +282,9 @@ fn notice(key: &str, name: &str, value: &str, meaning: &Meaning) -> Option<Notic
             ))
         }
         Restricts(Snippet) | RestrictsHost(Snippet) if !value.trim().is_empty() => Some(not_yet(field, name)),
-        NotYet(default) | NotYetOfCanary(default) if !value.is_empty() && value != *default => {
-            Some(not_yet(field, name))
-        }
+        NotYet(default) if !value.is_empty() && value != *default => Some(not_yet(field, name)),
         NoEffect(why) => Some(Notice::info(field, format!("{name} has no effect: {why}"))),
-        Served | OfCanary | Tunes | Restricts(_) | RestrictsHost(_) | NotYet(_) | NotYetOfCanary(_) => None,
+        Served | OfCanary | Tunes | Restricts(_) | RestrictsHost(_) | NotYet(_) => None,
     }
 }
 
@@ -297,6 +306,17 @@ fn unknown(key: &str, nearest: String) -> Notice {
         nearest => format!("did you mean {nearest}?"),
     };
     Notice::warning(field(key), "unknown annotation: ignored", remedy)
+}
+
+/// An annotation under our own prefix that does not exist.
+pub(super) fn unknown_own(key: &str) -> Notice {
+    let nearest = OWN.into_iter().min_by_key(|known| edits(&key[..key.len().min(64)], known));
+    unknown(key, nearest.unwrap_or_default().to_owned())
+}
+
+/// Whether a Service may have it, too.
+pub(super) fn is_of_service(key: &str) -> bool {
+    key != STICKY && OWN.contains(&key)
 }
 
 /// Directives that add, hide or log, and can refuse no request.
@@ -413,7 +433,7 @@ mod tests {
     fn a_canary_is_neither_closed_nor_protected_by_its_own_annotations() {
         assert_eq!(one("auth-url", "http://auth", true), (Some(Level::Warning), false));
         assert_eq!(one("rewrite-target", "/", true), (Some(Level::Info), false));
-        assert_eq!(one("upstream-hash-by", "$uri", true), (Some(Level::Warning), false));
+        assert_eq!(one("upstream-hash-by", "$uri", true), (None, false));
     }
 
     #[test]
