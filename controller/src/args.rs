@@ -287,6 +287,12 @@ pub struct LimitArgs {
     /// Most concurrent streams of one HTTP/2 connection
     #[arg(long, value_name = "N", default_value_t = 128, env = "LOCKGATE_MAX_STREAMS", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_streams: u32,
+    /// Streams an HTTP/2 client may reset; hung up on beyond, if they are most of its streams
+    #[arg(long, value_name = "N", default_value_t = 500, env = "LOCKGATE_MAX_STREAM_RESETS")]
+    pub max_stream_resets: u32,
+    /// Frames without content (PING, SETTINGS, ...) an HTTP/2 client may send for nothing; hung up on beyond
+    #[arg(long, value_name = "N", default_value_t = 1_000, env = "LOCKGATE_MAX_CONTROL_FRAMES", value_parser = clap::value_parser!(u32).range(16..))]
+    pub max_control_frames: u32,
     /// Most endpoints tried for one request
     #[arg(long, value_name = "N", default_value_t = 3, env = "LOCKGATE_MAX_TRIES", value_parser = clap::value_parser!(u32).range(1..=16))]
     pub max_tries: u32,
@@ -377,6 +383,8 @@ impl LimitArgs {
             idle_upstream: self.max_idle_upstream,
             tries: self.max_tries,
             h2_streams: self.max_streams,
+            h2_resets: self.max_stream_resets,
+            h2_control_frames: self.max_control_frames,
             ..Limits::default()
         }
     }

@@ -34,6 +34,8 @@ pub enum Kind {
     Secret,
     /// `v1`, cluster-scoped
     Node,
+    /// `v1`
+    ConfigMap,
     /// Known and reported, but not served: the Gateway API, `Endpoints`.
     Unsupported(&'static str),
 }
@@ -49,6 +51,7 @@ impl Kind {
             Kind::Pod => "Pod",
             Kind::Secret => "Secret",
             Kind::Node => "Node",
+            Kind::ConfigMap => "ConfigMap",
             Kind::Unsupported(kind) => kind,
         }
     }
@@ -164,6 +167,7 @@ pub enum Object {
     Pod(Pod),
     Secret(Secret),
     Node(Node),
+    ConfigMap(ConfigMap),
 }
 
 impl Object {
@@ -177,6 +181,7 @@ impl Object {
             Object::Pod(o) => (Kind::Pod, &o.meta),
             Object::Secret(o) => (Kind::Secret, &o.meta),
             Object::Node(o) => (Kind::Node, &o.meta),
+            Object::ConfigMap(o) => (Kind::ConfigMap, &o.meta),
         };
         ObjectRef { kind, namespace: meta.namespace.clone(), name: meta.name.clone() }
     }
@@ -498,4 +503,13 @@ pub struct Node {
     pub meta: Meta,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<Arc<str>>,
+}
+
+/// `v1` ConfigMap.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConfigMap {
+    /// Name and age.
+    pub meta: Meta,
+    /// `data`
+    pub data: Labels,
 }

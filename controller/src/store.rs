@@ -5,7 +5,8 @@ use std::sync::Arc;
 use imbl::OrdMap;
 
 use crate::objects::{
-    EndpointSlice, Ingress, IngressClass, Kind, Meta, Node, Object, ObjectRef, Pod, Secret, Service,
+    ConfigMap, EndpointSlice, Ingress, IngressClass, Kind, Meta, Node, Object, ObjectRef, Pod, Secret,
+    Service,
 };
 
 /// Namespace and name; the namespace is empty for cluster-scoped kinds.
@@ -63,6 +64,7 @@ pub struct Store {
     pub pods: OrdMap<Key, Arc<Pod>>,
     pub secrets: OrdMap<Key, Arc<Secret>>,
     pub nodes: OrdMap<Key, Arc<Node>>,
+    pub config_maps: OrdMap<Key, Arc<ConfigMap>>,
 }
 
 impl Store {
@@ -78,6 +80,7 @@ impl Store {
             Object::Pod(object) => insert(&mut self.pods, key, object),
             Object::Secret(object) => insert(&mut self.secrets, key, object),
             Object::Node(object) => insert(&mut self.nodes, key, object),
+            Object::ConfigMap(object) => insert(&mut self.config_maps, key, object),
         }
     }
 
@@ -92,6 +95,7 @@ impl Store {
             Kind::Pod => drop(self.pods.remove(&key)),
             Kind::Secret => drop(self.secrets.remove(&key)),
             Kind::Node => drop(self.nodes.remove(&key)),
+            Kind::ConfigMap => drop(self.config_maps.remove(&key)),
             Kind::Unsupported(_) => {}
         }
     }
@@ -107,6 +111,7 @@ impl Store {
             Kind::Pod => self.pods.contains_key(&key),
             Kind::Secret => self.secrets.contains_key(&key),
             Kind::Node => self.nodes.contains_key(&key),
+            Kind::ConfigMap => self.config_maps.contains_key(&key),
             Kind::Unsupported(_) => false,
         }
     }
@@ -122,6 +127,7 @@ impl Store {
             Kind::Pod => self.pods.get(&key).map(|o| Object::Pod((**o).clone())),
             Kind::Secret => self.secrets.get(&key).map(|o| Object::Secret((**o).clone())),
             Kind::Node => self.nodes.get(&key).map(|o| Object::Node((**o).clone())),
+            Kind::ConfigMap => self.config_maps.get(&key).map(|o| Object::ConfigMap((**o).clone())),
             Kind::Unsupported(_) => None,
         }
     }
@@ -135,6 +141,7 @@ impl Store {
             + self.pods.len()
             + self.secrets.len()
             + self.nodes.len()
+            + self.config_maps.len()
     }
 
     /// Whether there is no object at all.

@@ -23,11 +23,15 @@ mod pools;
 mod settings;
 mod status;
 mod steering;
+mod streams;
 mod wish;
 
 use certificates::Certificates;
 use ingresses::{Classes, Ingresses};
 use pools::Pools;
+use streams::Streams;
+
+pub use streams::StreamOptions;
 pub(crate) use wish::balance;
 
 /// What the operator chose, fixed for the life of the process.
@@ -44,6 +48,8 @@ pub struct Options {
     /// How endpoints are chosen where no Ingress says otherwise
     /// (ingress-nginx's `load-balance`).
     pub load_balance: Balance,
+    /// TCP and UDP ports that are relayed as they are.
+    pub streams: StreamOptions,
 }
 
 /// What should be live.
@@ -76,6 +82,7 @@ pub struct Translator {
     hosts: HashMap<HostPattern, host::Found>,
     pools: Pools,
     certificates: Certificates,
+    streams: Streams,
     #[cfg(test)]
     made: Made,
 }
@@ -98,6 +105,7 @@ struct Dirty {
     default_certificate: bool,
     /// Of Ingresses.
     statuses: BTreeSet<Key>,
+    streams: bool,
 }
 
 impl Translator {
@@ -111,13 +119,15 @@ impl Translator {
     pub fn translate(&mut self, store: &Store) -> Desired {
         let old = std::mem::replace(&mut self.store, store.clone());
         let first = old.is_empty();
-        let mut dirty = Dirty { default_certificate: first, ..Dirty::default() };
+        let mut dirty = Dirty { default_certificate: first, streams: first, ..Dirty::default() };
         self.read_ingresses(&old, &mut dirty);
         self.read_endpoints(&old, &mut dirty);
         self.read_secrets(&old, &mut dirty);
+        self.read_config_maps(&old, &mut dirty);
         #[cfg(test)]
         let hosts = dirty.hosts.len();
         self.make_hosts(&mut dirty);
+        self.make_streams(&mut dirty);
         self.make_services(&dirty);
         self.make_certificates(&mut dirty);
         self.make_statuses(&dirty);
@@ -154,6 +164,7 @@ impl Translator {
             }
             dirty.services.insert(key.clone());
             dirty.statuses.extend(self.ingresses.using_service(key).cloned());
+            dirty.streams |= self.streams.uses(key);
         }
         for (_, old, new) in changes(&old.slices, &self.store.slices) {
             dirty.services.extend(old.and_then(|old| self.endpoints.slice(old, false)));
@@ -187,6 +198,11 @@ impl Translator {
         }
     }
 
+    fn read_config_maps(&mut self, old: &Store, dirty: &mut Dirty) {
+        let mut changed = changes(&old.config_maps, &self.store.config_maps);
+        dirty.streams |= changed.any(|(key, _, _)| self.options.streams.names(key));
+    }
+
     fn make_hosts(&mut self, dirty: &mut Dirty) {
         for pattern in std::mem::take(&mut dirty.hosts) {
             let outcome = host::build(&pattern, &self.ingresses.with_rules_for(&pattern));
@@ -202,6 +218,27 @@ impl Translator {
                 self.hosts.insert(pattern, outcome);
             }
         }
+    }
+
+    fn make_streams(&mut self, dirty: &mut Dirty) {
+        if !dirty.streams {
+            return;
+        }
+        let made = streams::make(&self.options.streams, &self.store);
+        self.pools.replace_streams(&self.streams, &made.streams, &mut dirty.services);
+        let listeners = &mut self.desired.routes.listeners;
+        for gone in
+            listeners.keys().filter(|key| !made.listeners.contains_key(key)).copied().collect::<Vec<_>>()
+        {
+            listeners.remove(&gone);
+        }
+        for (key, listener) in made.listeners {
+            put(listeners, key, listener);
+        }
+        for (config_map, notices) in made.notices {
+            set_status(&mut self.desired, config_map.reference(Kind::ConfigMap), notices, true);
+        }
+        self.streams = made.streams;
     }
 
     fn make_services(&mut self, dirty: &Dirty) {

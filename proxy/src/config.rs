@@ -108,6 +108,13 @@ pub struct Limits {
     pub tries: u32,
     /// Concurrent streams a client may open on one HTTP/2 connection.
     pub h2_streams: u32,
+    /// Streams an HTTP/2 client may reset; beyond it, and if they are more than
+    /// half of its streams, its connection is closed.
+    pub h2_resets: u32,
+    /// Frames an HTTP/2 client may send that carry nothing (PING, SETTINGS,
+    /// PRIORITY, WINDOW_UPDATE and the like) and that neither requests, nor
+    /// responses, nor time make up for; beyond it its connection is closed.
+    pub h2_control_frames: u32,
 }
 
 /// The most header fields a message may have, whatever [`Limits::headers`] says.
@@ -127,6 +134,8 @@ impl Default for Limits {
             idle_upstream: 256,
             tries: 3,
             h2_streams: 128,
+            h2_resets: 500,
+            h2_control_frames: 1_000,
         }
     }
 }

@@ -60,8 +60,8 @@ impl Conn {
     }
 
     /// Writes all parts in order, in as few calls as the socket takes, and flushes.
-    pub(crate) async fn send(&mut self, mut parts: [&[u8]; 3]) -> io::Result<()> {
-        std::future::poll_fn(|cx| self.poll_send(cx, &mut parts)).await
+    pub(crate) fn send(&mut self, mut parts: [&[u8]; 3]) -> impl Future<Output = io::Result<()>> {
+        std::future::poll_fn(move |cx| self.poll_send(cx, &mut parts))
     }
 
     /// As [`Conn::send`]; `parts` keep what is still to be written.

@@ -155,10 +155,11 @@ async fn connection(worker: Rc<Worker>, presence: Presence, tcp: TcpStream, peer
             None => return,
         }
     }
-    let Some((conn, client, h2)) = handshake(&worker, opening, deadline).await else { return };
+    // Boxed: the task keeps the size of its largest state, idle or not.
+    let Some((conn, client, h2)) = Box::pin(handshake(&worker, opening, deadline)).await else { return };
     counted.speaks(if h2 { Speaks::Http2 } else { Speaks::Http1 });
     match h2 {
-        true => h2::serve(worker, conn, client, presence, Buffer::new()).await,
+        true => Box::pin(h2::serve(worker, conn, client, presence, Buffer::new())).await,
         false => h1::serve(worker, conn, client, presence, Buffer::new()).await,
     }
 }
@@ -282,7 +283,7 @@ async fn plaintext(
         }
         if compared == PREFACE.len() {
             counted.speaks(Speaks::Http2);
-            return h2::serve(worker, conn, client, presence, input).await;
+            return Box::pin(h2::serve(worker, conn, client, presence, input)).await;
         }
         let draining = worker.is_draining();
         if draining {

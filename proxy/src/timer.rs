@@ -6,9 +6,10 @@
 //! timer wheel at all.
 
 use std::future::Future;
-use std::pin::{Pin, pin};
-use std::task::Poll;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
+use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// The deadline passed.
@@ -27,37 +28,53 @@ impl Timer {
     }
 
     /// Runs `future` until it is done or `deadline` has passed.
-    pub(crate) async fn within<F: Future>(
-        &mut self,
-        deadline: Instant,
-        future: F,
-    ) -> Result<F::Output, Late> {
-        let mut future = pin!(future);
-        std::future::poll_fn(|cx| {
-            if let Poll::Ready(output) = future.as_mut().poll(cx) {
-                return Poll::Ready(Ok(output));
+    pub(crate) fn within<F: Future>(&mut self, deadline: Instant, future: F) -> Within<'_, F> {
+        Within { timer: self, deadline, future }
+    }
+
+    /// Ready when the deadline has passed.
+    fn poll(&mut self, cx: &mut Context<'_>, deadline: Instant) -> Poll<()> {
+        if deadline < self.sleep.deadline() {
+            self.set(deadline);
+        }
+        loop {
+            if self.registered && !self.sleep.is_elapsed() {
+                return Poll::Pending;
             }
-            if deadline < self.sleep.deadline() {
-                self.set(deadline);
+            self.registered = true;
+            match self.sleep.as_mut().poll(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(()) if self.sleep.deadline() >= deadline => return Poll::Ready(()),
+                Poll::Ready(()) => self.set(deadline),
             }
-            loop {
-                if self.registered && !self.sleep.is_elapsed() {
-                    return Poll::Pending;
-                }
-                self.registered = true;
-                match self.sleep.as_mut().poll(cx) {
-                    Poll::Pending => return Poll::Pending,
-                    Poll::Ready(()) if self.sleep.deadline() >= deadline => return Poll::Ready(Err(Late)),
-                    Poll::Ready(()) => self.set(deadline),
-                }
-            }
-        })
-        .await
+        }
     }
 
     fn set(&mut self, deadline: Instant) {
         self.sleep.as_mut().reset(deadline);
         self.registered = false;
+    }
+}
+
+pin_project! {
+    /// See [`Timer::within`]. Not an `async fn`, which would hold the future twice.
+    pub(crate) struct Within<'t, F> {
+        timer: &'t mut Timer,
+        deadline: Instant,
+        #[pin]
+        future: F,
+    }
+}
+
+impl<F: Future> Future for Within<'_, F> {
+    type Output = Result<F::Output, Late>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        match this.future.poll(cx) {
+            Poll::Ready(output) => Poll::Ready(Ok(output)),
+            Poll::Pending => this.timer.poll(cx, *this.deadline).map(|()| Err(Late)),
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 //! and what outlasts the deadline is cut.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+#[path = "support/frames.rs"]
+mod frames;
 #[path = "support/toy.rs"]
 mod toy;
 
@@ -274,4 +276,50 @@ fn a_process_that_was_relieved_does_not_close_what_is_idle() {
         assert_eq!(rest(client), b"");
     }
     assert!(retired.join().unwrap());
+}
+
+/// RFC 9113 section 6.8: a goodbye that still takes what is on its way, and one that names the last.
+#[test]
+fn an_http2_client_is_told_twice() {
+    use frames::{ACK, END_STREAM, GOAWAY, PING, Peer, RST_STREAM};
+    let (upstream, arrivals, let_go) = gated();
+    let (proxy, _publisher) = proxy_to(&[upstream]);
+    let mut peer = Peer::connect(proxy.http_addrs()[0], &[]);
+    peer.read();
+    peer.send(&frames::get(1, "/slow")).unwrap();
+    arrivals.recv_timeout(PATIENCE).unwrap();
+
+    let drained = drain(proxy);
+    let first = peer.wait(|f| f.kind == GOAWAY).unwrap();
+    assert_eq!((first.last_stream(), first.code()), (u32::MAX >> 1, 0));
+    let ping = peer.wait(|f| f.kind == PING && f.flags & ACK == 0).unwrap();
+    // This one was on its way.
+    peer.send(&frames::get(3, "/")).unwrap();
+    peer.wait(|f| f.stream == 3 && f.flags & END_STREAM != 0).unwrap();
+    peer.send(&frames::frame(PING, ACK, 0, &ping.payload)).unwrap();
+    let second = peer.wait(|f| f.kind == GOAWAY && f.last_stream() < u32::MAX >> 1).unwrap();
+    assert_eq!((second.last_stream(), second.code()), (3, 0));
+    // This one was not, and is not served; what was under way is.
+    peer.send(&frames::get(5, "/")).unwrap();
+    assert!(!drained.is_finished());
+    let_go.send(()).unwrap();
+    peer.wait(|f| f.stream == 1 && f.flags & END_STREAM != 0).unwrap();
+    assert!(peer.ended().iter().all(|code| *code == 0));
+    assert!(drained.join().unwrap());
+    assert!(peer.frames().iter().all(|f| f.stream != 5 && f.kind != RST_STREAM), "{:?}", peer.frames());
+}
+
+#[test]
+fn an_http2_stream_that_outlasts_the_deadline_is_cut() {
+    let (upstream, arrivals, _let_go) = gated();
+    let deadline = Drain { grace: Duration::ZERO, deadline: Duration::from_millis(300) };
+    let (proxy, _publisher) =
+        start(Config { drain: deadline, ..config() }, table(&[upstream], UpstreamProtocol::Http1));
+    let mut peer = frames::Peer::connect(proxy.http_addrs()[0], &[]);
+    peer.read();
+    peer.send(&frames::get(1, "/slow")).unwrap();
+    arrivals.recv_timeout(PATIENCE).unwrap();
+    assert!(!drain(proxy).join().unwrap());
+    peer.ended();
+    assert!(peer.frames().iter().all(|f| f.stream != 1));
 }

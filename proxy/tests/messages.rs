@@ -4,7 +4,7 @@
 //! arrives byte for byte as the list says.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-#[path = "support/frames.rs"]
+#[path = "support/frame_list.rs"]
 mod frames;
 #[path = "support/messages.rs"]
 mod messages;

@@ -312,6 +312,10 @@ pub(super) fn secret(name: Name, object: core::Secret) -> Secret {
     }
 }
 
+pub(super) fn config_map(name: Name, object: core::ConfigMap) -> ConfigMap {
+    ConfigMap { meta: meta(name, &object.metadata), data: labels(object.data) }
+}
+
 pub(super) fn node(name: Name, object: core::Node) -> Node {
     Node { zone: label(&object.metadata.labels, ZONE), meta: meta(name, &object.metadata) }
 }

@@ -75,7 +75,7 @@ fn untyped(version: &Option<String>, kind: &Option<String>) -> Notice {
 }
 
 /// The apiVersion Lockgate reads each kind in.
-const KINDS: [(Kind, &str); 7] = [
+const KINDS: [(Kind, &str); 8] = [
     (Kind::Ingress, "networking.k8s.io/v1"),
     (Kind::IngressClass, "networking.k8s.io/v1"),
     (Kind::Service, "v1"),
@@ -83,6 +83,7 @@ const KINDS: [(Kind, &str); 7] = [
     (Kind::Pod, "v1"),
     (Kind::Secret, "v1"),
     (Kind::Node, "v1"),
+    (Kind::ConfigMap, "v1"),
 ];
 
 const GATEWAY_API: [&str; 15] = [
@@ -181,6 +182,11 @@ fn typed(
         Kind::Node => {
             keep(&mut mapping, &["apiVersion", "kind", "metadata"]);
             Object::Node(convert::node(name, read(mapping, notices)?))
+        }
+        Kind::ConfigMap => {
+            keep(&mut mapping, &["apiVersion", "kind", "metadata", "data"]);
+            spell_out_keys(&mut mapping);
+            Object::ConfigMap(convert::config_map(name, read(mapping, notices)?))
         }
         Kind::Unsupported(_) => unreachable!("only the kinds of KINDS get here"),
     })
@@ -306,6 +312,17 @@ fn member(key: &str) -> String {
 
 fn keep(mapping: &mut Mapping, fields: &[&str]) {
     mapping.retain(|key, _| key.as_str().is_some_and(|key| fields.contains(&key)));
+}
+
+/// `9000: "shop/db:5432"` is good YAML, and `kubectl` makes the key a string.
+fn spell_out_keys(mapping: &mut Mapping) {
+    let Some(Value::Mapping(data)) = mapping.get_mut("data") else { return };
+    let spelt = |(key, value)| match key {
+        Value::Number(number) => (Value::String(number.to_string()), value),
+        Value::Bool(truth) => (Value::String(truth.to_string()), value),
+        key => (key, value),
+    };
+    *data = std::mem::take(data).into_iter().map(spelt).collect();
 }
 
 /// Leaves what [`convert::pod`] reads: a mistake elsewhere in a Pod is not

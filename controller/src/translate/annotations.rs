@@ -11,7 +11,7 @@ pub(super) const PREFIX: &str = "nginx.ingress.kubernetes.io/";
 pub(super) const STICKY: &str = "lockgate.io/canary-sticky";
 
 /// Our own.
-const OWN: [&str; 8] = [
+const OWN: [&str; 9] = [
     STICKY,
     "lockgate.io/health-check",
     "lockgate.io/health-check-healthy",
@@ -19,6 +19,7 @@ const OWN: [&str; 8] = [
     "lockgate.io/health-check-interval",
     "lockgate.io/health-check-timeout",
     "lockgate.io/health-check-unhealthy",
+    "lockgate.io/load-balance",
     "lockgate.io/slow-start",
 ];
 

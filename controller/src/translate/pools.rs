@@ -10,6 +10,7 @@ use lockgate_proxy::table::{Balance, Endpoint, HostPattern, NamingKey, Pool, Poo
 use super::endpoints::{Index, Selected, toggle};
 use super::host::{PoolId, Wanted};
 use super::plan::Age;
+use super::streams::{self, Streams};
 use super::wish::Wish;
 use super::{Desired, Options, put, set_status};
 use crate::objects::{Kind, Notice, PortRef, Protocol, Service, ServicePort};
@@ -28,6 +29,8 @@ pub(super) struct Pools {
     /// Two Services may claim one address by mistake; the first by name has it.
     claims: HashMap<ebpf::ServiceKey, BTreeSet<Key>>,
     unsettled: BTreeSet<ebpf::ServiceKey>,
+    /// Wanted by L4 listeners, by Service.
+    streams: HashMap<Key, BTreeSet<PoolId>>,
 }
 
 /// The hosts whose rules name a pool.
@@ -47,7 +50,11 @@ impl Pools {
 
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
-        self.wanted.is_empty() && self.made.is_empty() && self.entries.is_empty() && self.claims.is_empty()
+        self.wanted.is_empty()
+            && self.made.is_empty()
+            && self.entries.is_empty()
+            && self.claims.is_empty()
+            && self.streams.is_empty()
     }
 
     /// Host `host` now names `new` instead of `old`. Adds to `services` those
@@ -88,6 +95,18 @@ impl Pools {
         }
     }
 
+    /// As [`Pools::replace`], for all L4 listeners.
+    pub(super) fn replace_streams(&mut self, old: &Streams, new: &Streams, services: &mut BTreeSet<Key>) {
+        for (ids, present) in
+            [(old.pools.difference(&new.pools), false), (new.pools.difference(&old.pools), true)]
+        {
+            for id in ids {
+                services.insert(id.service.clone());
+                toggle(&mut self.streams, id.service.clone(), id.clone(), present);
+            }
+        }
+    }
+
     /// Makes the pools, table entries and status of one Service.
     pub(super) fn make(&mut self, key: &Key, store: &Store, index: &Index, desired: &mut Desired) {
         let service = store.services.get(key).map(|service| &**service);
@@ -113,6 +132,24 @@ impl Pools {
             wish.balance = wish.balance.or(Some(self.balance));
             let steered = !users.steered.is_empty();
             put(&mut desired.routes.pools, id.key(), pool(id, service, port, selected, wish, steered));
+            made.insert(id.key());
+        }
+        for id in self.streams.get(key).into_iter().flatten() {
+            let Some((port, selected)) = ports().find(|(port, _)| streams::is_port(port, id)) else {
+                continue;
+            };
+            if selected.endpoints.is_empty() {
+                without.insert(port.port);
+            }
+            let pool = streams::pool(id, selected);
+            let pool = Pool {
+                balance: own.balance.unwrap_or(pool.balance),
+                prefer_zone: selected.hinted || service.is_some_and(|service| service.prefers_zone),
+                slow_start: own.slow_start,
+                check: own.check.clone(),
+                ..pool
+            };
+            put(&mut desired.routes.pools, id.key(), pool);
             made.insert(id.key());
         }
         let before = self.made.remove(key).unwrap_or_default();

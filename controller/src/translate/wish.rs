@@ -11,6 +11,7 @@ use super::settings::Reader;
 use crate::objects::{Labels, Notice};
 
 const CHECK: &str = "lockgate.io/health-check";
+const BALANCE: &str = "lockgate.io/load-balance";
 const SLOW_START: &str = "lockgate.io/slow-start";
 
 /// Between two probes of an endpoint, unless said otherwise.
@@ -59,8 +60,8 @@ impl Wish {
 
 impl Reader<'_> {
     pub(super) fn wish(&mut self) -> Wish {
-        let balance = self.balance();
-        Wish { balance, ..self.own_wish() }
+        let (balance, own) = (self.balance(), self.own_wish());
+        Wish { balance: own.balance.or(balance), ..own }
     }
 
     fn balance(&mut self) -> Option<Balance> {
@@ -75,7 +76,17 @@ impl Reader<'_> {
 
     fn own_wish(&mut self) -> Wish {
         let slow_start = self.span(SLOW_START, Duration::ZERO).filter(|span| !span.is_zero());
-        Wish { balance: None, slow_start, check: self.check().map(Arc::new) }
+        Wish { balance: self.own_balance(), slow_start, check: self.check().map(Arc::new) }
+    }
+
+    fn own_balance(&mut self) -> Option<Balance> {
+        let value = self.own(BALANCE)?;
+        let balance = balance(value).or((value == "least_connections").then_some(Balance::LeastConnections));
+        if balance.is_none() {
+            let remedy = "use round_robin, ewma, least_request or least_connections";
+            self.problem(BALANCE, format!("{value:?} is unknown: the default is used"), remedy);
+        }
+        balance
     }
 
     fn check(&mut self) -> Option<HealthCheck> {
@@ -265,6 +276,13 @@ mod tests {
             let (wish, notices) = read(pairs);
             assert_eq!((wish.check.as_deref(), notices), (expected.as_ref(), warnings), "{pairs:?}");
         }
+    }
+
+    #[test]
+    fn balances() {
+        assert_eq!(read(&[("load-balance", "least_connections")]).0.balance, Some(Balance::LeastConnections));
+        assert_eq!(read(&[("load-balance", "ewma")]).0.balance, Some(Balance::Ewma));
+        assert_eq!(read(&[("load-balance", "chash")]), (Wish::default(), 1));
     }
 
     #[test]

@@ -28,7 +28,7 @@ use super::record::Record;
 use super::response::{BadResponse, ResponseHead};
 
 /// Room for a response head; endpoints are trusted to stay below it.
-const RESPONSE_HEAD_BYTES: usize = 64 << 10;
+pub(crate) const RESPONSE_HEAD_BYTES: usize = 64 << 10;
 
 /// The client's side of an exchange: where the request body comes from.
 pub(crate) trait Source {
@@ -296,7 +296,9 @@ impl Order<'_> {
         if let Some(peer) = idle {
             return Ok(peer);
         }
-        match timer.within(self.connect_deadline(), self.worker.upstreams.connect(upstream)).await {
+        // Boxed, as everything rare: a connection's task is as large as its largest state.
+        let connecting = Box::pin(self.worker.upstreams.connect(upstream));
+        match timer.within(self.connect_deadline(), connecting).await {
             Ok(Ok(peer)) => Ok(peer),
             Ok(Err(_)) => Err(Failure::Endpoint("cannot connect to the endpoint")),
             Err(Late) => {

@@ -77,7 +77,7 @@ pub(super) struct Plan<'r> {
     pub(super) expects_continue: bool,
     pub(super) idempotent: bool,
     /// For an endpoint that speaks HTTP/2.
-    pub(super) request: Option<http::Request<()>>,
+    pub(super) request: Option<Box<http::Request<()>>>,
     notes: Option<Notes>,
 }
 
@@ -101,7 +101,8 @@ pub(crate) async fn serve(worker: Rc<Worker>, conn: Conn, client: Client, presen
             Next::Close(sending) => return this.close(sending).await,
             Next::Tunnel(upstream, early) => {
                 let Http1 { worker, conn, input, timer, held: _held, .. } = this;
-                return super::tunnel::run(&worker, conn, *upstream, input, early, timer).await;
+                let tunnel = super::tunnel::run(&worker, conn, *upstream, input, early, timer);
+                return Box::pin(tunnel).await;
             }
         }
     }
@@ -124,7 +125,7 @@ impl Http1 {
             let router = self.worker.router();
             let mut out = Output::take();
             match self.plan(&router, &mut out) {
-                Ok(Some(plan)) => return self.carry_out(started, &router, plan, out).await,
+                Ok(Some(mut plan)) => return self.carry_out(started, &router, &mut plan, &mut out).await,
                 // Empty lines before the request line look like the end of a head.
                 Ok(None) => read_first = true,
                 Err(reject) => return self.refuse(started, reject).await,
@@ -238,7 +239,8 @@ impl Http1 {
                         forward::write_request(out, &head, &self.client, &forwarded, &id);
                     }
                     UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
-                        request = Some(over_h2::request(&head, &self.client, &forwarded, &id, protocol)?);
+                        let over_h2 = over_h2::request(&head, &self.client, &forwarded, &id, protocol)?;
+                        request = Some(Box::new(over_h2));
                     }
                 }
             }
@@ -268,24 +270,25 @@ impl Http1 {
         &mut self,
         started: Instant,
         router: &Router,
-        mut plan: Plan<'_>,
-        mut out: Output,
+        plan: &mut Plan<'_>,
+        out: &mut Output,
     ) -> Next {
         let mut record = Record::new(started);
         self.worker.metrics.requests_in_flight.inc();
         let next = match &plan.verdict {
             Verdict::Answer(answer) => {
                 let (status, reason) = (answer.status, "");
-                self.answer(plan.shape, status, reason, &mut out, &mut record).await
+                self.answer(plan.shape, status, reason, out, &mut record).await
             }
             Verdict::Forward(forward) => {
                 let worker = self.worker.clone();
                 let (idempotent, is_head) = (plan.idempotent, plan.shape.is_head);
                 let order = Order::new(&worker, router, *forward, idempotent, is_head);
                 match plan.request.take() {
-                    None => self.forward(&order, &plan, &mut out, &mut record).await,
+                    None => self.forward(&order, plan, out, &mut record).await,
                     Some(request) => {
-                        self.forward_over_h2(&order, &plan, request, &mut out, &mut record).await
+                        // HTTP/2 allocates per request anyway.
+                        Box::pin(self.forward_over_h2(&order, plan, *request, out, &mut record)).await
                     }
                 }
             }

@@ -4,19 +4,18 @@
 
 use std::cell::Cell;
 use std::future::poll_fn;
-use std::io;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use h2::Reason;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::buffer::Buffer;
 use crate::conn::Conn;
+use crate::metrics::Breach;
 use crate::timer::{Late, Timer};
 use crate::worker::{Presence, Worker};
 
@@ -27,6 +26,9 @@ mod source;
 mod stream;
 mod tunnel;
 mod websocket;
+mod wire;
+
+use wire::{Frames, Wire};
 
 /// What a client may send on one stream before it has been passed on.
 const STREAM_WINDOW: u32 = 128 << 10;
@@ -50,8 +52,13 @@ const GOODBYE: Duration = Duration::from_secs(2);
 pub(crate) struct Http2 {
     pub(crate) worker: Rc<Worker>,
     pub(crate) client: Client,
+    frames: Rc<Frames>,
     streams: Cell<usize>,
-    /// Told when the last stream has ended, and when there is room for one again.
+    /// Streams so far, and those of them that the client has reset.
+    opened: Cell<u32>,
+    reset: Cell<u32>,
+    /// Told when the last stream has ended, when there is room for one again, and
+    /// when the client has reset too many.
     changed: Notify,
 }
 
@@ -65,6 +72,7 @@ pub(crate) async fn serve(
 ) {
     let limits = &worker.config.limits;
     let mut timer = Timer::new(Instant::now() + worker.config.timeouts.header);
+    let frames = Rc::new(Frames::new(limits.h2_control_frames));
     let handshake = h2::server::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -74,10 +82,10 @@ pub(crate) async fn serve(
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_RESETS))
         .enable_connect_protocol()
-        .handshake::<_, Bytes>(Rewound { input, conn });
+        .handshake::<_, Bytes>(Wire { input, conn, frames: frames.clone() });
     let deadline = Instant::now() + worker.config.timeouts.header;
-    let Ok(Ok(mut connection)) = timer.within(deadline, handshake).await else { return };
-    let shared = Rc::new(Http2 { worker, client, streams: Cell::new(0), changed: Notify::new() });
+    let Ok(Ok(mut connection)) = timer.within(deadline, Box::pin(handshake)).await else { return };
+    let shared = Rc::new(Http2::new(worker, client, frames));
     let mut ending = false;
     loop {
         let idle = shared.streams.get() == 0;
@@ -90,11 +98,19 @@ pub(crate) async fn serve(
                 (_, false) => shared.worker.config.timeouts.tunnel,
             };
         let next = poll_fn(|cx| {
+            if shared.resets_too_many() {
+                return Poll::Ready(Event::Breach(Breach::Resets));
+            }
             if !ending && shared.worker.is_draining() {
                 return Poll::Ready(Event::Drain);
             }
             presence.wake_on_drain(cx.waker());
-            poll_event(cx, &mut connection, full)
+            match poll_event(cx, &mut connection, full) {
+                Poll::Pending if shared.frames.exceeded() => {
+                    Poll::Ready(Event::Breach(Breach::ControlFrames))
+                }
+                event => event,
+            }
         });
         let event = tokio::select! {
             biased;
@@ -104,7 +120,7 @@ pub(crate) async fn serve(
         };
         match event {
             Ok(Event::Request((request, respond))) => {
-                shared.streams.set(shared.streams.get() + 1);
+                shared.stream_begins();
                 tokio::task::spawn_local(stream::serve(shared.clone(), request, respond));
             }
             Ok(Event::Drain) => {
@@ -116,7 +132,21 @@ pub(crate) async fn serve(
                 connection.graceful_shutdown();
             }
             Err(Late) if !idle => {}
+            Ok(Event::Breach(breach)) => {
+                shared.worker.metrics.breached(breach);
+                connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                let goodbye = poll_fn(|cx| connection.poll_closed(cx));
+                // Whether the client hears of it is its own affair.
+                let _ = timer.within(Instant::now() + GOODBYE, goodbye).await;
+                return;
+            }
             Ok(Event::Broken(error)) => {
+                if error.is_go_away() && error.is_library() {
+                    shared.worker.metrics.breached(match error.reason() {
+                        Some(Reason::ENHANCE_YOUR_CALM) => Breach::Excess,
+                        _ => Breach::Protocol,
+                    });
+                }
                 tracing::debug!(%error, "HTTP/2 connection");
                 return;
             }
@@ -132,13 +162,15 @@ pub(crate) async fn serve(
 enum Event {
     Request((http::Request<h2::RecvStream>, h2::server::SendResponse<Bytes>)),
     Drain,
+    /// The client has gone too far, by a count of ours.
+    Breach(Breach),
     Broken(h2::Error),
     End,
 }
 
 fn poll_event(
     cx: &mut Context<'_>,
-    connection: &mut h2::server::Connection<Rewound, Bytes>,
+    connection: &mut h2::server::Connection<Wire, Bytes>,
     full: bool,
 ) -> Poll<Event> {
     if full {
@@ -154,64 +186,43 @@ fn poll_event(
 }
 
 impl Http2 {
+    fn new(worker: Rc<Worker>, client: Client, frames: Rc<Frames>) -> Http2 {
+        Http2 {
+            worker,
+            client,
+            frames,
+            streams: Cell::new(0),
+            opened: Cell::new(0),
+            reset: Cell::new(0),
+            changed: Notify::new(),
+        }
+    }
+
     fn streams_limit(&self) -> usize {
         self.worker.config.limits.h2_streams as usize
+    }
+
+    fn stream_begins(&self) {
+        self.streams.set(self.streams.get() + 1);
+        self.opened.set(self.opened.get().saturating_add(1));
     }
 
     fn stream_ended(&self) {
         let left = self.streams.get() - 1;
         self.streams.set(left);
-        if left == 0 || left + 1 == self.streams_limit() {
+        if left == 0 || left + 1 == self.streams_limit() || self.resets_too_many() {
             self.changed.notify_one();
         }
     }
-}
 
-/// A connection whose first bytes were read to recognise the protocol.
-struct Rewound {
-    input: Buffer,
-    conn: Conn,
-}
-
-impl AsyncRead for Rewound {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.input.is_empty() {
-            return Pin::new(&mut self.conn).poll_read(cx, buf);
-        }
-        let n = self.input.len().min(buf.remaining());
-        buf.put_slice(&self.input.filled()[..n]);
-        self.input.consume(n);
-        self.input.release();
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Rewound {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.conn).poll_write(cx, buf)
+    /// The client has lost interest in a request that was under way.
+    fn stream_was_reset(&self) {
+        self.reset.set(self.reset.get().saturating_add(1));
     }
 
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.conn).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.conn.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.conn).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.conn).poll_shutdown(cx)
+    /// Most of what the client asks for it does not want: rapid reset, at whatever pace.
+    fn resets_too_many(&self) -> bool {
+        let (opened, reset) = (self.opened.get(), self.reset.get());
+        reset > self.worker.config.limits.h2_resets && reset > opened / 2
     }
 }

@@ -128,7 +128,8 @@ impl Order<'_> {
 
     /// The bool of an error: whether it counts against the endpoint.
     async fn leased(&self, timer: &mut Timer, upstream: &Rc<Upstream>) -> Result<Lease, (Failure, bool)> {
-        match timer.within(self.connect_deadline(), self.worker.upstreams.lease(upstream)).await {
+        let leasing = Box::pin(self.worker.upstreams.lease(upstream));
+        match timer.within(self.connect_deadline(), leasing).await {
             Ok(Ok(lease)) => Ok(lease),
             Ok(Err(NotConnected { counts })) => {
                 Err((Failure::Endpoint("cannot connect to the endpoint"), counts))

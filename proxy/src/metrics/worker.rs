@@ -36,6 +36,8 @@ pub struct WorkerMetrics {
     pub requests_in_flight: Gauge,
     /// Requests answered by the proxy itself, see [`WorkerMetrics::rejected`].
     rejects: [Counter; Reject::ALL.len()],
+    /// HTTP/2 clients that went too far, see [`WorkerMetrics::breached`].
+    breaches: [Counter; Breach::ALL.len()],
     /// Bytes of request bodies read from clients.
     pub bytes_in: Counter,
     /// Bytes of response bodies written to clients.
@@ -79,9 +81,53 @@ impl WorkerMetrics {
         self.rejects[reason as usize].inc();
     }
 
+    /// Counts an HTTP/2 connection or stream that was ended for what its client did.
+    pub fn breached(&self, breach: Breach) {
+        self.breaches[breach as usize].inc();
+    }
+
+    /// Connections and streams ended for `breach` so far.
+    pub fn breaches(&self, breach: Breach) -> u64 {
+        self.breaches[breach as usize].value()
+    }
+
     /// Requests rejected for `reason` so far.
     pub fn rejects(&self, reason: Reject) -> u64 {
         self.rejects[reason as usize].value()
+    }
+}
+
+/// What made us end an HTTP/2 connection, or a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Breach {
+    /// Streams opened and reset, over and over (CVE-2023-44487).
+    Resets,
+    /// Frames that carry nothing (CVE-2019-9512, -9513, -9515).
+    ControlFrames,
+    /// More than the protocol library puts up with: resets it was made to send
+    /// (CVE-2025-8671), resets before a stream was looked at, CONTINUATION
+    /// frames (CVE-2024-27316), bodies in crumbs (CVE-2019-9518).
+    Excess,
+    /// Any other violation of the protocol.
+    Protocol,
+    /// A stream on which the client took nothing in time (CVE-2019-9511, -9517).
+    Stalled,
+}
+
+impl Breach {
+    /// Every breach, in the order of its number.
+    pub const ALL: [Breach; 5] =
+        [Breach::Resets, Breach::ControlFrames, Breach::Excess, Breach::Protocol, Breach::Stalled];
+
+    /// The breach as metrics show it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Breach::Resets => "resets",
+            Breach::ControlFrames => "control_frames",
+            Breach::Excess => "excess",
+            Breach::Protocol => "protocol",
+            Breach::Stalled => "stalled",
+        }
     }
 }
 
@@ -225,6 +271,12 @@ macro_rules! reject {
     };
 }
 
+macro_rules! breach {
+    ($breach:ident) => {
+        (&[Breach::$breach.as_str()], |w| Value::Counter(w.breaches(Breach::$breach)))
+    };
+}
+
 const FAMILIES: &[Family] = &[
     Family {
         name: "lockgate_connections_accepted_total",
@@ -311,6 +363,18 @@ const FAMILIES: &[Family] = &[
             reject!(NoEndpoint),
             reject!(RateLimited),
             reject!(TooManyRequests),
+        ],
+    },
+    Family {
+        name: "lockgate_http2_breaches_total",
+        help: "HTTP/2 connections (stalled: streams) ended for what their client did, by reason.",
+        labels: &["reason"],
+        series: &[
+            breach!(Resets),
+            breach!(ControlFrames),
+            breach!(Excess),
+            breach!(Protocol),
+            breach!(Stalled),
         ],
     },
     Family {

@@ -16,6 +16,8 @@ use tokio::sync::Notify;
 use crate::clock;
 use crate::endpoint::Held;
 
+use crate::http::exchange::RESPONSE_HEAD_BYTES;
+
 use super::{Upstream, Upstreams};
 
 /// Streams on one connection before another is opened, whatever the endpoint allows.
@@ -234,6 +236,7 @@ impl Upstreams {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .initial_max_send_streams(upstream.h2.allowed.get())
             .max_send_buffer_size(64 << 10)
+            .max_header_list_size(RESPONSE_HEAD_BYTES as u32)
             .enable_push(false)
             .handshake::<_, Bytes>(conn)
             .await

@@ -1,150 +1,221 @@
-//! HTTP/2 in raw frames, for what no library would send.
+//! HTTP/2 as bytes: a peer that sends whatever frames a test wants, and keeps to no rule.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its own part of this")]
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::io::{self, Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use super::messages::{Case, unescape};
-use super::toy::{PATIENCE, connect};
+use socket2::{Domain, SockRef, Socket, Type};
 
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const GOAWAY: u8 = 7;
+use super::toy::PATIENCE;
 
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
-const ACK: u8 = 1;
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const PRIORITY: u8 = 2;
+pub const RST_STREAM: u8 = 3;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
+pub const GOAWAY: u8 = 7;
+pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
 
-/// What is sent behind a message, to see that the connection still serves.
-const LAST: &str = ":method=GET :scheme=http :authority=a :path=/last";
+pub const END_STREAM: u8 = 1;
+pub const ACK: u8 = 1;
+pub const END_HEADERS: u8 = 4;
 
-/// Sends a message on stream 1 and a good request on stream 3. What becomes of
-/// the first: a status, `reset`, `goaway` or `close`; then of the second, unless it is 200.
-pub fn exchange(address: SocketAddr, case: &Case, silence: Option<Duration>) -> String {
-    let mut stream = connect(address);
-    stream.set_read_timeout(silence.or(Some(PATIENCE))).unwrap();
-    let mut sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-    frame(&mut sent, SETTINGS, 0, 0, &[]);
-    message(&mut sent, 1, &case.written);
-    stream.write_all(&sent).unwrap();
-    let first = outcome(&mut stream, 1);
-    if first.parse::<u16>().is_err() && first != "reset" {
-        return first;
-    }
-    let mut sent = Vec::new();
-    message(&mut sent, 3, LAST);
-    // Its end may already be on its way here.
-    let _ = stream.write_all(&sent);
-    match outcome(&mut stream, 3).as_str() {
-        "200" => first,
-        second => format!("{first},{second}"),
-    }
+pub const FLOW_CONTROL_ERROR: u32 = 3;
+pub const CANCEL: u32 = 8;
+pub const ENHANCE_YOUR_CALM: u32 = 11;
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// One frame.
+pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let mut frame = vec![length[1], length[2], length[3], kind, flags];
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
 }
 
-/// Reads until it is clear what becomes of a stream.
-fn outcome(stream: &mut TcpStream, id: u32) -> String {
-    let mut status = None;
-    loop {
-        let Some((kind, flags, on, payload)) = read(stream) else {
-            return status.map_or("close".to_owned(), |s| format!("{s},close"));
-        };
-        match kind {
-            SETTINGS if flags & ACK == 0 => {
-                let mut ack = Vec::new();
-                frame(&mut ack, SETTINGS, ACK, 0, &[]);
-                let _ = stream.write_all(&ack);
+/// A header field, literal and not to be indexed (RFC 7541 section 6.2.2).
+pub fn field(name: &[u8], value: &[u8]) -> Vec<u8> {
+    let mut field = vec![0];
+    for text in [name, value] {
+        string(&mut field, text);
+    }
+    field
+}
+
+/// A string literal without Huffman coding (RFC 7541 section 5.2).
+fn string(out: &mut Vec<u8>, text: &[u8]) {
+    match text.len() {
+        n @ 0..127 => out.push(n as u8),
+        n => {
+            out.push(127);
+            let mut rest = n - 127;
+            while rest >= 128 {
+                out.push((rest % 128) as u8 | 128);
+                rest /= 128;
             }
-            GOAWAY if payload[4..8] != [0; 4] => return "goaway".to_owned(),
-            RST_STREAM if on == id && status.is_none() => return "reset".to_owned(),
-            HEADERS if on == id && status.is_none() => status = Some(status_of(&payload)),
-            _ => {}
+            out.push(rest as u8);
         }
-        let ended = matches!(kind, HEADERS | DATA) && flags & END_STREAM != 0 || kind == RST_STREAM;
-        if on == id && ended {
-            return status.unwrap_or("close".to_owned());
-        }
+    }
+    out.extend(text);
+}
+
+/// The header block of a request for `path`.
+pub fn request(method: &str, path: &str) -> Vec<u8> {
+    let fields = [(":method", method), (":scheme", "http"), (":authority", "a.example"), (":path", path)];
+    fields.iter().flat_map(|(name, value)| field(name.as_bytes(), value.as_bytes())).collect()
+}
+
+/// A whole request without a body.
+pub fn get(stream: u32, path: &str) -> Vec<u8> {
+    frame(HEADERS, END_HEADERS | END_STREAM, stream, &request("GET", path))
+}
+
+pub fn reset(stream: u32) -> Vec<u8> {
+    frame(RST_STREAM, 0, stream, &CANCEL.to_be_bytes())
+}
+
+pub fn window_update(stream: u32, by: u32) -> Vec<u8> {
+    frame(WINDOW_UPDATE, 0, stream, &by.to_be_bytes())
+}
+
+/// A received frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    pub kind: u8,
+    pub flags: u8,
+    pub stream: u32,
+    pub payload: Vec<u8>,
+}
+
+impl Frame {
+    /// The error code of a RST_STREAM, or of a GOAWAY.
+    pub fn code(&self) -> u32 {
+        let at = if self.kind == GOAWAY { 4 } else { 0 };
+        u32::from_be_bytes(self.payload[at..at + 4].try_into().unwrap())
+    }
+
+    /// The last stream a GOAWAY speaks of.
+    pub fn last_stream(&self) -> u32 {
+        u32::from_be_bytes(self.payload[..4].try_into().unwrap())
     }
 }
 
-fn read(stream: &mut TcpStream) -> Option<(u8, u8, u32, Vec<u8>)> {
+#[derive(Default)]
+struct Received {
+    frames: Vec<Frame>,
+    ended: bool,
+}
+
+/// A client connection in the clear.
+pub struct Peer {
+    stream: TcpStream,
+    received: Arc<(Mutex<Received>, Condvar)>,
+}
+
+impl Peer {
+    /// Connects with small socket buffers and sends the preface and `settings` (id, value).
+    pub fn connect(address: SocketAddr, settings: &[(u16, u32)]) -> Peer {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        // Left to itself the kernel holds megabytes, and hides what the proxy holds. Before the
+        // connection stands: later is too late for the window.
+        socket.set_recv_buffer_size(16 << 10).unwrap();
+        socket.connect(&address.into()).unwrap();
+        let stream = TcpStream::from(socket);
+        SockRef::from(&stream).set_send_buffer_size(64 << 10).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+        let mut peer = Peer { stream, received: Arc::default() };
+        let mut payload = Vec::new();
+        for (id, value) in settings {
+            payload.extend(id.to_be_bytes());
+            payload.extend(value.to_be_bytes());
+        }
+        // Theirs will come, and hold only once they are acknowledged.
+        let acknowledged = frame(SETTINGS, ACK, 0, &[]);
+        peer.send(&[PREFACE, &frame(SETTINGS, 0, 0, &payload), &acknowledged].concat()).unwrap();
+        peer
+    }
+
+    /// From now on what the proxy sends is read, by a thread of its own.
+    pub fn read(&mut self) {
+        let mut stream = self.stream.try_clone().unwrap();
+        let received = self.received.clone();
+        std::thread::spawn(move || {
+            while let Ok(frame) = read_frame(&mut stream) {
+                received.0.lock().unwrap().frames.push(frame);
+                received.1.notify_all();
+            }
+            received.0.lock().unwrap().ended = true;
+            received.1.notify_all();
+        });
+    }
+
+    /// Fails when the proxy has hung up, or takes nothing for two seconds.
+    pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+
+    /// Sends what `make` makes, over and over, until the proxy takes no more of it. False: it
+    /// took `times` of them.
+    pub fn flood(&mut self, times: u32, mut make: impl FnMut(u32) -> Vec<u8>) -> bool {
+        const AT_ONCE: u32 = 50;
+        (0..times / AT_ONCE).any(|n| {
+            let batch: Vec<u8> = (0..AT_ONCE).flat_map(|m| make(n * AT_ONCE + m)).collect();
+            self.send(&batch).is_err()
+        })
+    }
+
+    /// Waits for the first frame that satisfies `wanted`; `None`: the connection has ended without one.
+    pub fn wait(&self, wanted: impl Fn(&Frame) -> bool) -> Option<Frame> {
+        let (lock, changed) = &*self.received;
+        let mut received = lock.lock().unwrap();
+        loop {
+            if let Some(frame) = received.frames.iter().find(|frame| wanted(frame)) {
+                return Some(frame.clone());
+            }
+            if received.ended {
+                return None;
+            }
+            let (next, late) = changed.wait_timeout(received, PATIENCE).unwrap();
+            assert!(!late.timed_out(), "the frame never came: {:?}", next.frames);
+            received = next;
+        }
+    }
+
+    /// Waits until the proxy has hung up, and returns the codes of its GOAWAYs.
+    pub fn ended(&self) -> Vec<u32> {
+        self.wait(|_| false);
+        self.frames().iter().filter(|f| f.kind == GOAWAY).map(Frame::code).collect()
+    }
+
+    /// What has come so far.
+    pub fn frames(&self) -> Vec<Frame> {
+        self.received.0.lock().unwrap().frames.clone()
+    }
+
+    pub fn hang_up(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.hang_up();
+    }
+}
+
+fn read_frame(stream: &mut TcpStream) -> io::Result<Frame> {
     let mut head = [0; 9];
-    stream.read_exact(&mut head).ok()?;
-    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
-    let mut payload = vec![0; length];
-    stream.read_exact(&mut payload).ok()?;
-    Some((head[3], head[4], u32::from_be_bytes([head[5], head[6], head[7], head[8]]), payload))
-}
-
-fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-    out.extend_from_slice(&(payload.len() as u32).to_be_bytes()[1..]);
-    out.extend_from_slice(&[kind, flags]);
-    out.extend_from_slice(&stream.to_be_bytes());
-    out.extend_from_slice(payload);
-}
-
-/// The frames of a message as the lists write it: fields, then ` ; ` between data and trailers.
-fn message(out: &mut Vec<u8>, stream: u32, text: &str) {
-    let parts: Vec<_> = text.split(" ; ").collect();
-    for (index, part) in parts.iter().enumerate() {
-        let end = if index + 1 == parts.len() { END_STREAM } else { 0 };
-        match part.strip_prefix("DATA ") {
-            Some(data) => frame(out, DATA, end, stream, &unescape(data)),
-            None => frame(out, HEADERS, end | END_HEADERS, stream, &block(part)),
-        }
-    }
-}
-
-/// Header fields, each a literal never indexed, without Huffman (RFC 7541 section 6.2.3).
-fn block(fields: &str) -> Vec<u8> {
-    let mut block = Vec::new();
-    for field in fields.split(' ').filter(|f| !f.is_empty()) {
-        let (name, value) = field.split_once('=').expect("name=value");
-        block.push(0x10);
-        string(&mut block, &unescape(name));
-        string(&mut block, &unescape(value));
-    }
-    block
-}
-
-fn string(block: &mut Vec<u8>, bytes: &[u8]) {
-    assert!(bytes.len() < 127, "no longer lengths are written");
-    block.push(bytes.len() as u8);
-    block.extend_from_slice(bytes);
-}
-
-/// `:status`, the first field of a response: indexed, or a literal with an indexed name.
-fn status_of(block: &[u8]) -> String {
-    // Changes of the dynamic table's size may stand before it.
-    let skipped = block.iter().take_while(|b| **b & 0xe0 == 0x20).count();
-    let block = &block[skipped..];
-    match block {
-        [indexed @ 0x88..=0x8e, ..] => {
-            [200, 204, 206, 304, 400, 404, 500][usize::from(*indexed - 0x88)].to_string()
-        }
-        [0x08 | 0x18 | 0x48, length, value @ ..] if length & 0x80 == 0 => {
-            String::from_utf8_lossy(&value[..usize::from(*length)]).into_owned()
-        }
-        [0x08 | 0x18 | 0x48, length, value @ ..] => huffman_digits(&value[..usize::from(length & 0x7f)]),
-        _ => "?".to_owned(),
-    }
-}
-
-/// Three digits (RFC 7541 appendix B): 0 to 2 have five bits, the others six.
-fn huffman_digits(bytes: &[u8]) -> String {
-    let bits: Vec<u8> = bytes.iter().flat_map(|b| (0..8).rev().map(move |at| b >> at & 1)).collect();
-    let mut digits = String::new();
-    let mut at = 0;
-    while digits.len() < 3 {
-        let number = |n: usize| bits[at..at + n].iter().fold(0, |value, bit| value << 1 | bit);
-        let (digit, used) = match number(5) {
-            short @ 0..=2 => (short, 5),
-            _ => (number(6) - 0b01_1001 + 3, 6),
-        };
-        digits.push((b'0' + digit) as char);
-        at += used;
-    }
-    digits
+    stream.read_exact(&mut head)?;
+    let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+    stream.read_exact(&mut payload)?;
+    let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]) & !(1 << 31);
+    Ok(Frame { kind: head[3], flags: head[4], stream, payload })
 }

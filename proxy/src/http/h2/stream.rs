@@ -20,7 +20,7 @@ use crate::http::over_h2::{Answering, Frame, next_frame, poll_room};
 use crate::http::record::{Notes, Record, Texts, finish};
 use crate::http::response::{BadResponse, ResponseHead};
 use crate::http::{Verdict, chunked, is_idempotent, map, phrase};
-use crate::metrics;
+use crate::metrics::{self, Breach};
 use crate::router::Router;
 use crate::timer::{Late, Timer};
 use crate::upstream::Peer;
@@ -82,7 +82,7 @@ pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respo
     drop(router);
     if let (Some((receive, far)), Some(send)) = (far, stream.sending) {
         worker.metrics.upgrades.inc();
-        tunnel::run(worker, Near { receive, send }, far, stream.timer).await;
+        tunnel::run(&shared, Near { receive, send }, far, stream.timer).await;
     }
     shared.stream_ended();
 }
@@ -180,6 +180,9 @@ impl Stream<'_> {
         let answer = failure.answer();
         let (status, reason) = answer.unwrap_or((499, "client reset the stream"));
         self.record.reason = reason;
+        if answer.is_none() {
+            self.shared.stream_was_reset();
+        }
         if status == 413 {
             self.shared.worker.metrics.rejected(metrics::Reject::BodyTooLarge);
         }
@@ -245,10 +248,12 @@ impl Stream<'_> {
                 Ok(Ok(room)) => {
                     let piece = data.split_to(room);
                     self.record.bytes_out += piece.len() as u64;
+                    self.shared.frames.sent(piece.len());
                     stream.send_data(piece, end && data.is_empty()).map_err(|_| Failure::Client)?;
                 }
                 Ok(Err(failure)) => return Err(failure),
                 Err(Late) => {
+                    self.shared.worker.metrics.breached(Breach::Stalled);
                     stream.send_reset(Reason::CANCEL);
                     return Err(Failure::Client);
                 }

@@ -17,7 +17,9 @@ use crate::http::over_h2::poll_room;
 use crate::timer::Timer;
 use crate::upstream::Peer;
 use crate::upstream::h2::Lease;
-use crate::worker::Worker;
+
+use super::Http2;
+use super::wire::Frames;
 
 /// Most bytes taken from an HTTP/1 endpoint at once: a frame.
 const PIECE: usize = 16 << 10;
@@ -51,12 +53,13 @@ struct Pipe {
 struct Broken;
 
 /// Relays until both directions have ended, one breaks, or neither speaks for too long.
-pub(super) async fn run(worker: &Worker, mut near: Near, mut far: Far, mut timer: Timer) {
+pub(super) async fn run(shared: &Http2, mut near: Near, mut far: Far, mut timer: Timer) {
+    let Http2 { worker, frames, .. } = shared;
     worker.metrics.tunnels_open.inc();
     let (mut up, mut down) = (Pipe::default(), Pipe::default());
     loop {
         let deadline = Instant::now() + worker.config.timeouts.tunnel;
-        let moved = poll_fn(|cx| poll(cx, &mut near, &mut far, &mut up, &mut down));
+        let moved = poll_fn(|cx| poll(cx, frames, &mut near, &mut far, &mut up, &mut down));
         match timer.within(deadline, moved).await {
             Ok(Ok(())) if !(up.shut && down.shut) => {}
             Ok(Ok(())) => break,
@@ -75,6 +78,7 @@ pub(super) async fn run(worker: &Worker, mut near: Near, mut far: Far, mut timer
 /// `Ready` when something moved.
 fn poll(
     cx: &mut Context<'_>,
+    frames: &Frames,
     near: &mut Near,
     far: &mut Far,
     up: &mut Pipe,
@@ -89,6 +93,9 @@ fn poll(
             (up.poll_stream(cx, &mut near.receive, send)?, down.poll_stream(cx, receive, &mut near.send)?)
         }
     };
+    if second.is_ready() {
+        frames.sent(0);
+    }
     // A client that has said all it had to say can still break off.
     if near.send.poll_reset(cx).is_ready() && !down.shut {
         return Poll::Ready(Err(Broken));
