@@ -73,15 +73,15 @@ struct CompiledHost {
     /// Sorted by path, each path once; the trie names them by index.
     rules: Arc<[CompiledRule]>,
     /// The trie of their paths, if other hosts have the same; else it is beside
-    /// the host. Boxed, because a pointer of one word makes the entry a line shorter.
+    /// the host. Boxed, because a pointer of one word takes fewer lines of the cache.
     trie: Option<Arc<Box<[u8]>>>,
 }
 
-impl Entry<CompiledHost> {
-    fn trie(&self) -> &[u8] {
-        match &self.value().trie {
+impl<'r> Entry<'r, CompiledHost> {
+    fn trie(&self) -> &'r [u8] {
+        match &self.value.trie {
             Some(trie) => trie,
-            None => self.bytes(),
+            None => self.bytes,
         }
     }
 }
@@ -196,7 +196,7 @@ impl Router {
     pub fn find(&self, host: &str, path: &[u8]) -> Found<'_> {
         let Some(host) = self.hosts.find(host) else { return Found::NoHost };
         match path_trie::find(host.trie(), path) {
-            Some(rule) => Found::Rule(&host.value().rules[rule as usize]),
+            Some(rule) => Found::Rule(&host.value.rules[rule as usize]),
             None => Found::NoPath,
         }
     }
@@ -211,7 +211,7 @@ impl Router {
     /// wildcard that is passed through.
     pub fn passthrough(&self, server_name: &str) -> Option<&CompiledPassthrough> {
         let (found, exact) = self.passthrough.find_named(server_name)?;
-        (exact || !self.hosts.has_exact(server_name)).then_some(found.value())
+        (exact || !self.hosts.has_exact(server_name)).then_some(found.value)
     }
 
     /// The pool in `slot`, as found in a [`crate::split::CompiledBackend`] of this router.
@@ -238,7 +238,7 @@ impl Router {
     /// own, else the wildcard's one label up, else any host's. `None`: use
     /// [`RoutingTable::default_certificate`].
     pub fn certificates(&self, server_name: &str) -> Option<&[Arc<Certificate>]> {
-        self.certificates.find(server_name).map(|entry| entry.value().as_slice())
+        self.certificates.find(server_name).map(|entry| entry.value.as_slice())
     }
 
     /// What this was compiled from.

@@ -220,6 +220,7 @@ fn options(rng: &mut Rng) -> Options {
         ingress_class: maybe(rng, 0.4, |_| "own".to_owned()),
         require_class: rng.u8(..4) == 0,
         default_certificate: maybe(rng, 0.4, |rng| Key::new("n", pick(rng, &NAMES))),
+        streams: StreamOptions::default(),
     }
 }
 
