@@ -221,6 +221,7 @@ fn options(rng: &mut Rng) -> Options {
         require_class: rng.u8(..4) == 0,
         default_certificate: maybe(rng, 0.4, |rng| Key::new("n", pick(rng, &NAMES))),
         streams: StreamOptions::default(),
+        load_balance: Balance::default(),
     }
 }
 
