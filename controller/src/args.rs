@@ -14,6 +14,7 @@ use crate::store::Key;
 use crate::translate::{Options, StreamOptions};
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
 use lockgate_proxy::config::{Config, Drain, L4Options, Limits, ProxyProtocol, Timeouts};
+use lockgate_proxy::table::Balance;
 
 mod resilience;
 
@@ -128,6 +129,9 @@ pub struct ObjectArgs {
     /// The same for UDP
     #[arg(long, value_name = "NAMESPACE/NAME", env = "LOCKGATE_UDP_SERVICES_CONFIGMAP", value_parser = parse_key)]
     pub udp_services_configmap: Option<Key>,
+    /// How endpoints are chosen where no Ingress says otherwise: round_robin, ewma or least_request
+    #[arg(long, value_name = "NAME", default_value = "round_robin", env = "LOCKGATE_LOAD_BALANCE", value_parser = parse_balance)]
+    pub load_balance: Balance,
     /// Larger files are refused
     #[arg(long, value_name = "SIZE", default_value = "32MiB", env = "LOCKGATE_MAX_FILE_SIZE")]
     pub max_file_size: Size,
@@ -147,6 +151,7 @@ impl ObjectArgs {
                 udp_services: self.udp_services_configmap.clone(),
                 ..StreamOptions::default()
             },
+            load_balance: self.load_balance,
             ..Options::default()
         }
     }
@@ -198,6 +203,10 @@ pub struct IngressArgs {
     /// Write the access log to this file instead
     #[arg(long, value_name = "FILE", env = "LOCKGATE_ACCESS_LOG_FILE")]
     pub access_log_file: Option<PathBuf>,
+    /// The zone this runs in (topology.kubernetes.io/zone of its node). Services with
+    /// trafficDistribution are then served from this zone, as far as its endpoints can carry it
+    #[arg(long, value_name = "ZONE", env = "LOCKGATE_ZONE")]
+    pub zone: Option<String>,
     #[allow(missing_docs)]
     #[command(flatten)]
     pub objects: ObjectArgs,
@@ -378,6 +387,7 @@ impl IngressArgs {
                 udp_responses: self.limits.proxy_stream_responses,
                 ..defaults.l4
             },
+            zone: self.zone.as_deref().filter(|zone| !zone.is_empty()).map(Into::into),
             drain: Drain { grace: self.stop.shutdown_grace_period.0, deadline: self.stop.drain_timeout.0 },
             retry: self.resilience.retry(),
             breaker: self.resilience.breaker(),
@@ -532,6 +542,10 @@ pub enum Output {
 /// A duration on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span(pub Duration);
+
+fn parse_balance(text: &str) -> Result<Balance, String> {
+    crate::translate::balance(text).ok_or_else(|| "use round_robin, ewma or least_request".to_owned())
+}
 
 impl FromStr for Span {
     type Err = String;

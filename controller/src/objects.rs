@@ -355,6 +355,12 @@ pub struct Service {
     pub ports: Vec<ServicePort>,
     /// `spec.publishNotReadyAddresses`
     pub publish_not_ready: bool,
+    /// `metadata.uid`; objects from a folder rarely have one.
+    pub uid: Option<Arc<str>>,
+    /// Those Lockgate looks at: `lockgate.io/…`.
+    pub annotations: Labels,
+    /// `spec.trafficDistribution` asks for endpoints of the same zone.
+    pub prefers_zone: bool,
 }
 
 /// `spec.type` of a Service.
@@ -433,6 +439,8 @@ pub struct SliceEndpoint {
     pub terminating: bool,
     /// `zone`
     pub zone: Option<Arc<str>>,
+    /// The first of `hints.forZones`: the zone whose traffic is meant for it.
+    pub for_zone: Option<Arc<str>>,
     /// `nodeName`
     pub node: Option<Arc<str>>,
 }

@@ -7,7 +7,7 @@ use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 use lockgate_ebpf::ServiceTable;
 use lockgate_proxy::RoutingTable;
-use lockgate_proxy::table::HostPattern;
+use lockgate_proxy::table::{Balance, HostPattern};
 
 use crate::objects::{Kind, Notice, ObjectRef};
 use crate::store::{Key, Store};
@@ -23,7 +23,9 @@ mod pools;
 mod resilience;
 mod settings;
 mod status;
+mod steering;
 mod streams;
+mod wish;
 
 use certificates::Certificates;
 use ingresses::{Classes, Ingresses};
@@ -31,6 +33,7 @@ use pools::Pools;
 use streams::Streams;
 
 pub use streams::StreamOptions;
+pub(crate) use wish::balance;
 
 /// What the operator chose, fixed for the life of the process.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -43,6 +46,9 @@ pub struct Options {
     pub require_class: bool,
     /// A Secret of type `kubernetes.io/tls` for clients whose SNI matches nothing.
     pub default_certificate: Option<Key>,
+    /// How endpoints are chosen where no Ingress says otherwise
+    /// (ingress-nginx's `load-balance`).
+    pub load_balance: Balance,
     /// TCP and UDP ports that are relayed as they are.
     pub streams: StreamOptions,
 }
@@ -106,7 +112,7 @@ struct Dirty {
 impl Translator {
     /// A translator that has seen nothing yet.
     pub fn new(options: Options) -> Translator {
-        Translator { options, ..Translator::default() }
+        Translator { pools: Pools::new(&options), options, ..Translator::default() }
     }
 
     /// The desired state for `store`. Never fails: what is wrong with an object

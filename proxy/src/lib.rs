@@ -23,6 +23,7 @@ pub mod endpoint;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
 pub mod handover;
+pub mod health;
 mod http;
 pub mod l4;
 mod limit;

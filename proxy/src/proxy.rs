@@ -15,6 +15,7 @@ use crate::certificate::{Certificate, CertificateError};
 use crate::config::Config;
 use crate::endpoint::Endpoints;
 use crate::handover::{Estate, Inheritance, Sockets as NamedSockets};
+use crate::health::Checks;
 use crate::l4::{self, ListenerStates, Opener};
 use crate::limit::Limiter;
 use crate::listener;
@@ -115,7 +116,9 @@ impl Proxy {
             metrics,
             listeners: ListenerStates::default(),
             zone: config.zone.clone(),
+            checks: Checks::default(),
         });
+        live.checks.enable();
         let (publisher, routes) = routes(live.clone());
         let default = Arc::new(Certificate::self_signed(&["lockgate.invalid"])?);
         let tickets = Arc::new(TicketKeys::new(&inherited.tickets)?);

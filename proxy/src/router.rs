@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use crate::balance::CompiledPool;
 use crate::certificate::Certificate;
 use crate::endpoint::Endpoints;
+use crate::health::Checks;
 use crate::l4::ListenerStates;
 use crate::metrics::{ListenerStats, Metrics};
 use crate::split::CompiledSplit;
@@ -44,6 +45,8 @@ pub struct Live {
     pub listeners: ListenerStates,
     /// Where this process runs, if that is known (`topology.kubernetes.io/zone`).
     pub zone: Option<Arc<str>>,
+    /// Probes of endpoints.
+    pub checks: Checks,
 }
 
 /// One generation of hosts, rules, endpoints and certificates. A request that

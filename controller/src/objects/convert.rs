@@ -160,8 +160,13 @@ pub(super) fn service(name: Name, object: core::Service, notices: &mut Vec<Notic
             ports.push(ServicePort { name, port, target, protocol, app_protocol: text(entry.app_protocol) });
         }
     }
+    let mut annotations = labels(object.metadata.annotations.clone());
+    annotations.retain(|key, _| key.starts_with("lockgate.io/"));
     Service {
         meta: meta(name, &object.metadata),
+        uid: text(object.metadata.uid.clone()),
+        annotations,
+        prefers_zone: prefers_zone(spec.traffic_distribution.as_deref(), notices),
         kind: match spec.type_.as_deref() {
             Some("ExternalName") => ServiceKind::ExternalName,
             _ => ServiceKind::Endpoints,
@@ -170,6 +175,20 @@ pub(super) fn service(name: Name, object: core::Service, notices: &mut Vec<Notic
         selector: labels(spec.selector),
         ports,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+    }
+}
+
+/// The same node is in the same zone, and nearer than that is nothing here.
+fn prefers_zone(distribution: Option<&str>, notices: &mut Vec<Notice>) -> bool {
+    match distribution {
+        None | Some("") => false,
+        Some("PreferClose" | "PreferSameZone" | "PreferSameNode") => true,
+        Some(other) => {
+            let message = format!("{other:?} is unknown: endpoints of all zones are used alike");
+            let remedy = "use PreferSameZone, or remove it";
+            notices.push(Notice::warning(".spec.trafficDistribution", message, remedy));
+            false
+        }
     }
 }
 
@@ -229,6 +248,11 @@ fn slice_endpoint(
         serving: conditions.serving.unwrap_or(ready),
         terminating: conditions.terminating.unwrap_or(false),
         zone: text(entry.zone),
+        for_zone: entry
+            .hints
+            .and_then(|hints| hints.for_zones)
+            .and_then(|zones| zones.into_iter().next())
+            .and_then(|zone| text(Some(zone.name))),
         node: text(entry.node_name),
     })
 }

@@ -14,8 +14,20 @@ pub(super) const PASSTHROUGH_HEADER: &str = "lockgate.io/ssl-passthrough-proxy-p
 
 /// The annotations of our own; a name that is none of them is reported.
 fn own() -> impl Iterator<Item = &'static str> {
-    [STICKY, PASSTHROUGH_HEADER].into_iter().chain(resilience::KEYS)
+    [STICKY, PASSTHROUGH_HEADER].into_iter().chain(OF_SERVICE).chain(resilience::KEYS)
 }
+
+/// Those of them that a Service may have, too.
+const OF_SERVICE: [&str; 8] = [
+    "lockgate.io/health-check",
+    "lockgate.io/health-check-healthy",
+    "lockgate.io/health-check-host",
+    "lockgate.io/health-check-interval",
+    "lockgate.io/health-check-timeout",
+    "lockgate.io/health-check-unhealthy",
+    "lockgate.io/load-balance",
+    "lockgate.io/slow-start",
+];
 
 /// What an annotation means here.
 #[derive(Clone, Copy, Debug)]
@@ -33,8 +45,6 @@ enum Meaning {
     /// Changes answers, and is not implemented: served without it. The text is
     /// the value that means the same as none.
     NotYet(&'static str),
-    /// The same on a canary Ingress, where ingress-nginx reads it too.
-    NotYetOfCanary(&'static str),
     /// Nothing to do, and why.
     NoEffect(&'static str),
 }
@@ -53,17 +63,17 @@ enum Enabled {
 }
 
 use Enabled::{NotANumber, NotZero, Set, Snippet};
-use Meaning::{NoEffect, NotYet, NotYetOfCanary, OfCanary, Restricts, RestrictsHost, Served, Tunes};
+use Meaning::{NoEffect, NotYet, OfCanary, Restricts, RestrictsHost, Served, Tunes};
 
 const BUFFERS: &str = "bodies are streamed with bounded buffers";
 const NGINX_FILES: &str = "nothing is ever written to a file";
 const MODERN_TLS: &str = "ciphers are rustls's, all of them strong";
 
 #[rustfmt::skip]
-const KNOWN: [(&str, Meaning); 145] = [
-    ("affinity",                                 NotYetOfCanary("")),
-    ("affinity-canary-behavior",                 NotYetOfCanary("sticky")),
-    ("affinity-mode",                            NotYetOfCanary("balanced")),
+const KNOWN: [(&str, Meaning); 146] = [
+    ("affinity",                                 OfCanary),
+    ("affinity-canary-behavior",                 OfCanary),
+    ("affinity-mode",                            OfCanary),
     ("allowlist-source-range",                   Restricts(Set)),
     ("app-root",                                 NotYet("")),
     ("auth-always-set-cookie",                   Tunes),
@@ -181,16 +191,17 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("server-alias",                             NotYet("")),
     ("server-snippet",                           RestrictsHost(Snippet)),
     ("service-upstream",                         NotYet("false")),
-    ("session-cookie-change-on-failure",         NotYetOfCanary("false")),
-    ("session-cookie-conditional-samesite-none", NotYetOfCanary("false")),
-    ("session-cookie-domain",                    NotYetOfCanary("")),
-    ("session-cookie-expires",                   NotYetOfCanary("")),
-    ("session-cookie-max-age",                   NotYetOfCanary("")),
-    ("session-cookie-name",                      NotYetOfCanary("INGRESSCOOKIE")),
-    ("session-cookie-partitioned",               NotYetOfCanary("false")),
-    ("session-cookie-path",                      NotYetOfCanary("")),
-    ("session-cookie-samesite",                  NotYetOfCanary("")),
-    ("session-cookie-secure",                    NotYetOfCanary("")),
+    ("session-cookie-change-on-failure",         OfCanary),
+    ("session-cookie-conditional-samesite-none", OfCanary),
+    ("session-cookie-domain",                    OfCanary),
+    ("session-cookie-expires",                   OfCanary),
+    ("session-cookie-hash",                      NoEffect("ingress-nginx 0.24 removed it: the cookie shows no address either way")),
+    ("session-cookie-max-age",                   OfCanary),
+    ("session-cookie-name",                      OfCanary),
+    ("session-cookie-partitioned",               OfCanary),
+    ("session-cookie-path",                      OfCanary),
+    ("session-cookie-samesite",                  OfCanary),
+    ("session-cookie-secure",                    OfCanary),
     ("ssl-ciphers",                              NoEffect(MODERN_TLS)),
     ("ssl-passthrough",                          Served),
     ("ssl-prefer-server-ciphers",                NoEffect(MODERN_TLS)),
@@ -198,9 +209,9 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("stream-snippet",                           NotYet("")),
     ("temporal-redirect",                        NotYet("")),
     ("temporal-redirect-code",                   NotYet("302")),
-    ("upstream-hash-by",                         NotYetOfCanary("")),
-    ("upstream-hash-by-subset",                  NotYetOfCanary("false")),
-    ("upstream-hash-by-subset-size",             NotYetOfCanary("3")),
+    ("upstream-hash-by",                         OfCanary),
+    ("upstream-hash-by-subset",                  OfCanary),
+    ("upstream-hash-by-subset-size",             OfCanary),
     ("upstream-vhost",                           NotYet("")),
     ("use-port-in-redirects",                    NotYet("false")),
     ("use-regex",                                NotYet("false")),
@@ -228,7 +239,7 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
     for (key, value) in annotations {
         let Some(name) = key.strip_prefix(PREFIX) else {
             if key.starts_with("lockgate.io/") && !own().any(|own| own == &**key) {
-                notices.push(unknown(key, nearest_of(own(), key).unwrap_or_default().to_owned()));
+                notices.push(unknown_own(key));
             } else if canary && resilience::KEYS.contains(&&**key) {
                 notices.push(Notice::info(field(key), ON_CANARY));
             }
@@ -239,7 +250,7 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
             notices.push(unknown(key, nearest));
             continue;
         };
-        if canary && !matches!(meaning, OfCanary | NotYetOfCanary(_)) {
+        if canary && !matches!(meaning, OfCanary) {
             notices.push(ignored_on_canary(key, value, meaning));
             continue;
         }
@@ -294,11 +305,9 @@ fn notice(key: &str, name: &str, value: &str, meaning: &Meaning) -> Option<Notic
             ))
         }
         Restricts(Snippet) | RestrictsHost(Snippet) if !value.trim().is_empty() => Some(not_yet(field, name)),
-        NotYet(default) | NotYetOfCanary(default) if !value.is_empty() && value != *default => {
-            Some(not_yet(field, name))
-        }
+        NotYet(default) if !value.is_empty() && value != *default => Some(not_yet(field, name)),
         NoEffect(why) => Some(Notice::info(field, format!("{name} has no effect: {why}"))),
-        Served | OfCanary | Tunes | Restricts(_) | RestrictsHost(_) | NotYet(_) | NotYetOfCanary(_) => None,
+        Served | OfCanary | Tunes | Restricts(_) | RestrictsHost(_) | NotYet(_) => None,
     }
 }
 
@@ -322,6 +331,16 @@ fn unknown(key: &str, nearest: String) -> Notice {
         nearest => format!("did you mean {nearest}?"),
     };
     Notice::warning(field(key), "unknown annotation: ignored", remedy)
+}
+
+/// An annotation under our own prefix that does not exist.
+pub(super) fn unknown_own(key: &str) -> Notice {
+    unknown(key, nearest_of(own(), key).unwrap_or_default().to_owned())
+}
+
+/// Whether a Service may have it, too.
+pub(super) fn is_of_service(key: &str) -> bool {
+    OF_SERVICE.contains(&key)
 }
 
 /// Directives that add, hide or log, and can refuse no request.
@@ -446,7 +465,7 @@ mod tests {
     fn a_canary_is_neither_closed_nor_protected_by_its_own_annotations() {
         assert_eq!(one("auth-url", "http://auth", true), (Some(Level::Warning), false));
         assert_eq!(one("rewrite-target", "/", true), (Some(Level::Info), false));
-        assert_eq!(one("upstream-hash-by", "$uri", true), (Some(Level::Warning), false));
+        assert_eq!(one("upstream-hash-by", "$uri", true), (None, false));
     }
 
     #[test]

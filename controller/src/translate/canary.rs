@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use lockgate_proxy::table::{Backend, Override, PoolKey, Split};
+use lockgate_proxy::table::{Backend, Override, PoolKey, Split, Steering};
 
 use super::settings::Canary;
 
@@ -18,6 +18,7 @@ pub(super) struct Member<'a> {
     pub(super) name: Arc<str>,
     pub(super) pool: PoolKey,
     pub(super) canary: &'a Canary,
+    pub(super) steering: Option<Arc<Steering>>,
 }
 
 /// Divides a rule between its mainline and `members`, oldest first. Also
@@ -25,7 +26,11 @@ pub(super) struct Member<'a> {
 ///
 /// Each weight is a part of its own total, so all are brought to one scale.
 /// Where they add up to more than the whole, the youngest get what is left.
-pub(super) fn split(primary: PoolKey, members: &[Member<'_>]) -> (Split, Vec<(usize, String)>) {
+pub(super) fn split(
+    primary: PoolKey,
+    steering: Option<Arc<Steering>>,
+    members: &[Member<'_>],
+) -> (Split, Vec<(usize, String)>) {
     let mut problems = Vec::new();
     let scale = members.iter().fold(1, |scale, member| {
         let total = u64::from(member.canary.total);
@@ -33,7 +38,7 @@ pub(super) fn split(primary: PoolKey, members: &[Member<'_>]) -> (Split, Vec<(us
     });
     let scale = scale.min(FINEST.max(members.iter().map(|m| u64::from(m.canary.total)).max().unwrap_or(1)));
     let mut left = scale;
-    let mut backends = vec![Backend { pool: primary, weight: 0, canary: "".into(), steering: None }];
+    let mut backends = vec![Backend { pool: primary, weight: 0, canary: "".into(), steering }];
     let mut overrides = Vec::new();
     let mut sticky = None;
     for (index, member) in members.iter().enumerate() {
@@ -52,7 +57,7 @@ pub(super) fn split(primary: PoolKey, members: &[Member<'_>]) -> (Split, Vec<(us
             pool: member.pool.clone(),
             weight,
             canary: member.name.clone(),
-            steering: None,
+            steering: member.steering.clone(),
         });
         overrides.extend(canary.when.iter().map(|when| Override { backend: index + 1, when: when.clone() }));
         match (&sticky, &canary.sticky) {
@@ -86,9 +91,9 @@ mod tests {
             shares.iter().map(|&(weight, total)| Canary { weight, total, ..Canary::default() }).collect();
         let members: Vec<Member<'_>> = canaries
             .iter()
-            .map(|canary| Member { name: "c".into(), pool: PoolKey("ns/c:1".into()), canary })
+            .map(|canary| Member { name: "c".into(), pool: PoolKey("ns/c:1".into()), canary, steering: None })
             .collect();
-        let (split, problems) = split(PoolKey("ns/p:1".into()), &members);
+        let (split, problems) = split(PoolKey("ns/p:1".into()), None, &members);
         (split.backends.iter().map(|backend| backend.weight).collect(), problems.len())
     }
 

@@ -15,6 +15,9 @@ pub(super) struct Selected {
     pub(super) endpoints: BTreeMap<SocketAddr, Option<Arc<str>>>,
     /// Of the first slice that has the port; used if the Service says nothing.
     pub(super) app_protocol: Option<Arc<str>>,
+    /// Every endpoint has a hint which zone's traffic is meant for it, and that
+    /// is its zone above.
+    pub(super) hinted: bool,
 }
 
 /// Finds the slices and Pods of a Service, and the Services of a Pod, without
@@ -97,7 +100,8 @@ impl Index {
         } else {
             self.add_slices(service, port, &mut candidates)
         };
-        Selected { endpoints: candidates.chosen(), app_protocol }
+        let (endpoints, hinted) = candidates.chosen();
+        Selected { endpoints, app_protocol, hinted }
     }
 
     fn add_slices(
@@ -119,6 +123,7 @@ impl Index {
                     serving: endpoint.serving,
                     terminating: endpoint.terminating,
                     zone: endpoint.zone.as_ref(),
+                    for_zone: endpoint.for_zone.as_ref(),
                     node: endpoint.node.as_ref(),
                 });
             }
@@ -143,6 +148,7 @@ impl Index {
                     serving,
                     terminating: pod.terminating,
                     zone: None,
+                    for_zone: None,
                     node: pod.node.as_ref(),
                 });
             }
@@ -156,6 +162,7 @@ struct Candidate<'a> {
     serving: bool,
     terminating: bool,
     zone: Option<&'a Arc<str>>,
+    for_zone: Option<&'a Arc<str>>,
     node: Option<&'a Arc<str>>,
 }
 
@@ -163,8 +170,15 @@ struct Candidate<'a> {
 /// that still serve while they terminate.
 struct Candidates<'a> {
     store: &'a Store,
-    ready: BTreeMap<SocketAddr, Option<Arc<str>>>,
-    serving: BTreeMap<SocketAddr, Option<Arc<str>>>,
+    ready: BTreeMap<SocketAddr, Placed>,
+    serving: BTreeMap<SocketAddr, Placed>,
+}
+
+/// Where an endpoint is, and whose traffic is meant for it.
+#[derive(Default)]
+struct Placed {
+    zone: Option<Arc<str>>,
+    for_zone: Option<Arc<str>>,
 }
 
 impl Candidates<'_> {
@@ -180,13 +194,18 @@ impl Candidates<'_> {
         let zone = candidate.zone.cloned().or_else(node);
         // An address in two slices is one endpoint; it keeps the first zone that is known.
         let known = chosen.entry(candidate.address).or_default();
-        if known.is_none() {
-            *known = zone;
-        }
+        known.zone = known.zone.take().or(zone);
+        known.for_zone = known.for_zone.take().or_else(|| candidate.for_zone.cloned());
     }
 
-    fn chosen(self) -> BTreeMap<SocketAddr, Option<Arc<str>>> {
-        if self.ready.is_empty() { self.serving } else { self.ready }
+    /// The endpoints with their zones, and whether these are those of hints:
+    /// one ready endpoint without a hint, and none counts.
+    fn chosen(self) -> (BTreeMap<SocketAddr, Option<Arc<str>>>, bool) {
+        let is_ready = !self.ready.is_empty();
+        let chosen = if is_ready { self.ready } else { self.serving };
+        let hinted = is_ready && chosen.values().all(|placed| placed.for_zone.is_some());
+        let zone = |placed: Placed| if hinted { placed.for_zone } else { placed.zone };
+        (chosen.into_iter().map(|(address, placed)| (address, zone(placed))).collect(), hinted)
     }
 }
 

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lockgate_proxy::table::{
-    Action, Backend, Balance, Host, HostPattern, Passthrough, PathMatch, PoolKey, Rule, Split,
+    Action, Backend, Host, HostPattern, Passthrough, PathMatch, PoolKey, Rule, Session, Split, Steering,
     UpstreamProtocol,
 };
 
 use super::annotations::{PREFIX, field};
 use super::canary::{self, Member};
 use super::plan::{Age, Path, Place, Plan, Target};
+use super::wish::Wish;
 use crate::objects::{Notice, PortRef};
 use crate::store::Key;
 
@@ -56,8 +57,17 @@ pub(super) struct Outcome {
 pub(super) struct Found {
     /// By Ingress.
     pub(super) notices: BTreeMap<Key, Vec<Notice>>,
-    /// The pools its rules name, each with the oldest wish for its balance.
-    pub(super) pools: BTreeMap<PoolId, Option<(Age, Balance)>>,
+    /// The pools its rules name.
+    pub(super) pools: BTreeMap<PoolId, Wanted>,
+}
+
+/// What the rules of one host want of a pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Of the Ingresses that wish for something.
+    pub(super) wishes: BTreeMap<Age, Wish>,
+    /// Requests have keys or sessions.
+    pub(super) steered: bool,
 }
 
 /// Merges `plans`, oldest first.
@@ -268,7 +278,7 @@ impl<'a> Builder<'a> {
             self.notice(other, Notice::warning(".spec.rules", message, "use another host"));
         }
         Some(Passthrough {
-            pool: self.pool(owner, service, port, owner.settings.protocol),
+            pool: self.pool(owner, service, port, owner.settings.protocol, false),
             origin: first.origin.clone(),
             connect_timeout: first.settings.limits.connect_timeout,
             proxy_protocol: first.settings.passthrough_header,
@@ -319,12 +329,15 @@ impl<'a> Builder<'a> {
         }
         // A canary is a location of its mainline, so it speaks the mainline's protocol.
         let protocol = draft.plan.settings.protocol;
+        let steering = held(draft.plan.settings.steering.as_ref(), canaries);
         let primary = match draft.target {
             Target::Refused(reason) => return refused(reason),
-            Target::Service { service, port } => self.pool(draft.plan, service, port, protocol),
+            Target::Service { service, port } => {
+                self.pool(draft.plan, service, port, protocol, steering.is_some())
+            }
         };
         if canaries.is_empty() {
-            let backends = vec![Backend { pool: primary, weight: 1, canary: "".into(), steering: None }];
+            let backends = vec![Backend { pool: primary, weight: 1, canary: "".into(), steering }];
             return Action::Forward(Split { backends, overrides: Vec::new(), sticky: None });
         }
         let mut members = Vec::with_capacity(canaries.len());
@@ -332,11 +345,16 @@ impl<'a> Builder<'a> {
             if let (Some(canary), Target::Service { service, port }) =
                 (&member.plan.settings.canary, member.target)
             {
-                let pool = self.pool(member.plan, service, port, protocol);
-                members.push(Member { name: member.plan.origin.name.clone(), pool, canary });
+                let settings = &member.plan.settings;
+                let of_mainline = steering.clone().filter(|steering| {
+                    matches!(**steering, Steering::Session(_)) && !settings.ignores_sessions
+                });
+                let steering = of_mainline.or_else(|| settings.steering.clone());
+                let pool = self.pool(member.plan, service, port, protocol, steering.is_some());
+                members.push(Member { name: member.plan.origin.name.clone(), pool, canary, steering });
             }
         }
-        let (split, problems) = canary::split(primary, &members);
+        let (split, problems) = canary::split(primary, steering, &members);
         for (member, message) in problems {
             let member = &canaries[member];
             let notice = Notice::warning(member.place.to_string(), message, "");
@@ -351,14 +369,14 @@ impl<'a> Builder<'a> {
         service: &Key,
         port: &PortRef,
         protocol: Option<UpstreamProtocol>,
+        steered: bool,
     ) -> PoolKey {
         let id = PoolId { service: service.clone(), port: port.clone(), protocol };
         let key = id.key();
-        let wish = plan.settings.balance.map(|balance| (plan.age.clone(), balance));
-        let oldest = self.found.pools.entry(id).or_default();
-        let is_older = |wish: &(Age, Balance)| oldest.as_ref().is_none_or(|oldest| wish.0 < oldest.0);
-        if let Some(wish) = wish.filter(is_older) {
-            *oldest = Some(wish);
+        let wanted = self.found.pools.entry(id).or_default();
+        wanted.steered |= steered;
+        if plan.settings.wish != Wish::default() {
+            wanted.wishes.insert(plan.age.clone(), plan.settings.wish.clone());
         }
         key
     }
@@ -366,6 +384,21 @@ impl<'a> Builder<'a> {
 
 fn passthrough_field() -> String {
     field(&format!("{PREFIX}ssl-passthrough"))
+}
+
+/// A session holds on to its backend unless a canary has it otherwise
+/// (`affinity-canary-behavior: legacy`).
+fn held(steering: Option<&Arc<Steering>>, canaries: &[Draft<'_>]) -> Option<Arc<Steering>> {
+    let steering = steering?;
+    match &**steering {
+        Steering::Session(session)
+            if session.holds_backend && canaries.iter().any(|c| c.plan.settings.ignores_sessions) =>
+        {
+            let session = Session { holds_backend: false, ..session.clone() };
+            Some(Arc::new(Steering::Session(session)))
+        }
+        _ => Some(steering.clone()),
+    }
 }
 
 fn shown_path(path: &PathMatch) -> String {

@@ -5,21 +5,22 @@ use std::sync::Arc;
 
 use lockgate_ebpf::ServiceTable;
 use lockgate_ebpf::table as ebpf;
-use lockgate_proxy::table::{Balance, Endpoint, HostPattern, Pool, PoolKey, UpstreamProtocol};
+use lockgate_proxy::table::{Balance, Endpoint, HostPattern, NamingKey, Pool, PoolKey, UpstreamProtocol};
 
 use super::endpoints::{Index, Selected, toggle};
-use super::host::PoolId;
+use super::host::{PoolId, Wanted};
 use super::plan::Age;
 use super::streams::{self, Streams};
-use super::{Desired, put, set_status};
+use super::wish::Wish;
+use super::{Desired, Options, put, set_status};
 use crate::objects::{Kind, Notice, PortRef, Protocol, Service, ServicePort};
 use crate::store::{Key, Store};
-
-type Wish = Option<(Age, Balance)>;
 
 /// Which pools are wanted, and which table entries each Service has.
 #[derive(Default)]
 pub(super) struct Pools {
+    /// Where nobody wishes otherwise.
+    balance: Balance,
     /// By Service.
     wanted: HashMap<Key, BTreeMap<PoolId, Users>>,
     made: HashMap<Key, BTreeSet<PoolKey>>,
@@ -37,10 +38,16 @@ pub(super) struct Pools {
 struct Users {
     hosts: BTreeSet<HostPattern>,
     /// What their Ingresses say about balancing; the oldest wins.
-    wishes: BTreeMap<(Age, HostPattern), Balance>,
+    wishes: BTreeMap<(Age, HostPattern), Wish>,
+    /// Those whose requests have keys or sessions.
+    steered: BTreeSet<HostPattern>,
 }
 
 impl Pools {
+    pub(super) fn new(options: &Options) -> Pools {
+        Pools { balance: options.load_balance, ..Pools::default() }
+    }
+
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.wanted.is_empty()
@@ -55,8 +62,8 @@ impl Pools {
     pub(super) fn replace(
         &mut self,
         host: &HostPattern,
-        old: &BTreeMap<PoolId, Wish>,
-        new: &BTreeMap<PoolId, Wish>,
+        old: &BTreeMap<PoolId, Wanted>,
+        new: &BTreeMap<PoolId, Wanted>,
         services: &mut BTreeSet<Key>,
     ) {
         for (id, wish) in old.iter().filter(|(id, wish)| new.get(id) != Some(wish)) {
@@ -64,7 +71,8 @@ impl Pools {
             let Some(pools) = self.wanted.get_mut(&id.service) else { continue };
             let Some(users) = pools.get_mut(id) else { continue };
             users.hosts.remove(host);
-            if let Some((age, _)) = wish {
+            users.steered.remove(host);
+            for age in wish.wishes.keys() {
                 users.wishes.remove(&(age.clone(), host.clone()));
             }
             if users.hosts.is_empty() {
@@ -78,8 +86,11 @@ impl Pools {
             services.insert(id.service.clone());
             let users = self.wanted.entry(id.service.clone()).or_default().entry(id.clone()).or_default();
             users.hosts.insert(host.clone());
-            if let Some((age, balance)) = wish {
-                users.wishes.insert((age.clone(), host.clone()), *balance);
+            if wish.steered {
+                users.steered.insert(host.clone());
+            }
+            for (age, wish) in &wish.wishes {
+                users.wishes.insert((age.clone(), host.clone()), wish.clone());
             }
         }
     }
@@ -104,19 +115,23 @@ impl Pools {
             .unwrap_or_default();
         let ports = || service.into_iter().flat_map(|service| &service.ports).zip(&selected);
 
+        let mut notices = Vec::new();
+        let own =
+            service.map(|service| Wish::of_service(&service.annotations, &mut notices)).unwrap_or_default();
         let mut made = BTreeSet::new();
         let mut without = BTreeSet::new();
         for (id, users) in self.wanted.get(key).into_iter().flatten() {
             let named = |(port, _): &(&ServicePort, &Selected)| is_port(port, &id.port);
             let Some((port, selected)) = ports().find(named) else { continue };
-            if !service.is_some_and(is_served) {
-                continue;
-            }
+            let Some(service) = service.filter(|service| is_served(service)) else { continue };
             if selected.endpoints.is_empty() {
                 without.insert(port.port);
             }
-            let balance = users.wishes.values().next().copied().unwrap_or_default();
-            put(&mut desired.routes.pools, id.key(), pool(id, port, selected, balance));
+            let mut wish = own.clone();
+            users.wishes.values().for_each(|other| wish.complete(other));
+            wish.balance = wish.balance.or(Some(self.balance));
+            let steered = !users.steered.is_empty();
+            put(&mut desired.routes.pools, id.key(), pool(id, service, port, selected, wish, steered));
             made.insert(id.key());
         }
         for id in self.streams.get(key).into_iter().flatten() {
@@ -126,7 +141,15 @@ impl Pools {
             if selected.endpoints.is_empty() {
                 without.insert(port.port);
             }
-            put(&mut desired.routes.pools, id.key(), streams::pool(id, selected));
+            let pool = streams::pool(id, selected);
+            let pool = Pool {
+                balance: own.balance.unwrap_or(pool.balance),
+                prefer_zone: selected.hinted || service.is_some_and(|service| service.prefers_zone),
+                slow_start: own.slow_start,
+                check: own.check.clone(),
+                ..pool
+            };
+            put(&mut desired.routes.pools, id.key(), pool);
             made.insert(id.key());
         }
         let before = self.made.remove(key).unwrap_or_default();
@@ -137,7 +160,7 @@ impl Pools {
             self.made.insert(key.clone(), made);
         }
         self.make_entries(key, service, &selected);
-        let notices = service.map(|service| empty_ports(service, index, &without)).unwrap_or_default();
+        notices.extend(service.map(|service| empty_ports(service, index, &without)).unwrap_or_default());
         set_status(desired, key.reference(Kind::Service), notices, false);
     }
 
@@ -198,7 +221,14 @@ pub(super) fn is_port(port: &ServicePort, written: &PortRef) -> bool {
         }
 }
 
-fn pool(id: &PoolId, port: &ServicePort, selected: &Selected, balance: Balance) -> Pool {
+fn pool(
+    id: &PoolId,
+    service: &Service,
+    port: &ServicePort,
+    selected: &Selected,
+    wish: Wish,
+    steered: bool,
+) -> Pool {
     let spoken = port.app_protocol.as_ref().or(selected.app_protocol.as_ref());
     let endpoint = |(address, zone): (&_, &Option<Arc<str>>)| Endpoint {
         address: *address,
@@ -207,10 +237,20 @@ fn pool(id: &PoolId, port: &ServicePort, selected: &Selected, balance: Balance) 
     };
     Pool {
         protocol: id.protocol.unwrap_or_else(|| upstream_protocol(spoken.map(|text| &**text))),
-        balance,
+        balance: wish.balance.unwrap_or_default(),
         endpoints: selected.endpoints.iter().map(endpoint).collect(),
-        ..Pool::default()
+        seating: steered.then(|| naming_key(id, service)),
+        prefer_zone: service.prefers_zone || selected.hinted,
+        slow_start: wish.slow_start,
+        check: wish.check,
     }
+}
+
+/// Replicas and restarts know the Service's UID, and clients do not. Without
+/// one its name has to do, by which a client that knows it, too, could guess
+/// an address and see whether it is right.
+fn naming_key(id: &PoolId, service: &Service) -> NamingKey {
+    NamingKey(service.uid.clone().unwrap_or_else(|| id.key().0))
 }
 
 /// KEP-3726 and the names of IANA.

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockgate_proxy::proxy_protocol::Version;
-use lockgate_proxy::table::{Balance, RuleLimits, Sticky, UpstreamProtocol, When};
+use lockgate_proxy::table::{RuleLimits, Steering, Sticky, UpstreamProtocol, When};
 
 use super::annotations::{PASSTHROUGH_HEADER, PREFIX, STICKY, field};
 use super::resilience::resilience;
+use super::wish::Wish;
 use crate::objects::{Labels, Notice};
 
 mod per_client;
@@ -22,11 +23,16 @@ pub(super) struct Settings {
     pub(super) limits: RuleLimits,
     /// Overrides the Service's `appProtocol`.
     pub(super) protocol: Option<UpstreamProtocol>,
-    pub(super) balance: Option<Balance>,
     /// TLS of its hosts goes to the endpoints unopened.
     pub(super) passthrough: bool,
     /// And they are told of the client by this header.
     pub(super) passthrough_header: Option<Version>,
+    /// For its pools.
+    pub(super) wish: Wish,
+    /// What of a request names its endpoint.
+    pub(super) steering: Option<Arc<Steering>>,
+    /// On a canary: the sessions of its mainline do not count.
+    pub(super) ignores_sessions: bool,
     /// Set on a canary Ingress.
     pub(super) canary: Option<Canary>,
 }
@@ -51,9 +57,11 @@ pub(super) fn settings(annotations: &Labels, notices: &mut Vec<Notice>) -> Setti
     if canary.is_none() {
         reader.stray_canary();
     }
-    let balance = reader.balance();
+    let wish = reader.wish();
+    let steering = reader.steering();
+    let ignores_sessions = reader.ignores_sessions();
     if canary.is_some() {
-        return Settings { balance, canary, ..Settings::default() };
+        return Settings { wish, steering, ignores_sessions, canary, ..Settings::default() };
     }
     Settings {
         redirect: reader.flag("ssl-redirect", true),
@@ -67,30 +75,32 @@ pub(super) fn settings(annotations: &Labels, notices: &mut Vec<Notice>) -> Setti
             resilience: resilience(reader.annotations, reader.notices),
         },
         protocol: reader.protocol(),
-        balance,
         passthrough: reader.flag("ssl-passthrough", false),
         passthrough_header: reader.passthrough_header(),
+        wish,
+        steering,
+        ignores_sessions,
         canary,
     }
 }
 
-struct Reader<'a> {
-    annotations: &'a Labels,
-    notices: &'a mut Vec<Notice>,
+pub(super) struct Reader<'a> {
+    pub(super) annotations: &'a Labels,
+    pub(super) notices: &'a mut Vec<Notice>,
 }
 
 impl<'a> Reader<'a> {
     /// The value; empty counts as not written.
-    fn value(&self, name: &str) -> Option<&'a str> {
+    pub(super) fn value(&self, name: &str) -> Option<&'a str> {
         let value = self.annotations.get(&*format!("{PREFIX}{name}"))?.trim();
         (!value.is_empty()).then_some(value)
     }
 
-    fn warn(&mut self, name: &str, message: String, remedy: &str) {
+    pub(super) fn warn(&mut self, name: &str, message: String, remedy: &str) {
         self.notices.push(Notice::warning(field(&format!("{PREFIX}{name}")), message, remedy));
     }
 
-    fn flag(&mut self, name: &str, default: bool) -> bool {
+    pub(super) fn flag(&mut self, name: &str, default: bool) -> bool {
         match self.value(name) {
             None => default,
             // What Go's strconv.ParseBool takes.
@@ -148,24 +158,6 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn balance(&mut self) -> Option<Balance> {
-        match self.value("load-balance")? {
-            "round_robin" => Some(Balance::RoundRobin),
-            "ewma" => {
-                self.notices.push(Notice::info(
-                    field(&format!("{PREFIX}load-balance")),
-                    "differs: the less busy of two endpoints is chosen by requests in flight, not by latency",
-                ));
-                Some(Balance::LeastRequest)
-            }
-            other => {
-                let message = format!("{other:?} is not implemented: round_robin is used");
-                self.warn("load-balance", message, "use round_robin or ewma");
-                None
-            }
-        }
-    }
-
     fn passthrough_header(&mut self) -> Option<Version> {
         match self.annotations.get(PASSTHROUGH_HEADER)?.trim() {
             "v1" => Some(Version::V1),
@@ -206,7 +198,7 @@ impl<'a> Reader<'a> {
         Canary { weight: weight.min(total), total, when, sticky: self.sticky() }
     }
 
-    fn number(&mut self, name: &str) -> Option<u32> {
+    pub(super) fn number(&mut self, name: &str) -> Option<u32> {
         let value = self.value(name)?;
         let number = value.parse().ok();
         if number.is_none() {
@@ -254,7 +246,7 @@ impl<'a> Reader<'a> {
     }
 
     /// `value`, if it can be the name of a header or cookie (RFC 9110 token).
-    fn token(&mut self, name: &str, value: &'a str) -> Option<&'a str> {
+    pub(super) fn token(&mut self, name: &str, value: &'a str) -> Option<&'a str> {
         if is_token(value) {
             return Some(value);
         }
@@ -297,7 +289,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn is_token(text: &str) -> bool {
+pub(super) fn is_token(text: &str) -> bool {
     let token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
     !text.is_empty() && text.len() <= 256 && text.bytes().all(token)
 }

@@ -268,7 +268,7 @@ pub(super) fn pool(id: &PoolId, selected: &Selected) -> Pool {
     };
     Pool {
         protocol: id.protocol.unwrap_or_default(),
-        balance: Balance::LeastRequest,
+        balance: Balance::LeastConnections,
         endpoints: selected.endpoints.iter().map(endpoint).collect(),
         ..Pool::default()
     }

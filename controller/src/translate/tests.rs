@@ -22,7 +22,11 @@ const HOSTS: [&str; 6] = ["a.x", "b.x", "*.x", "", "A.x:80", "10.0.0.1"];
 const PATHS: [&str; 6] = ["/", "/a", "/a/", "/a/b", "", "a"];
 const TYPES: [&str; 4] = ["Prefix", "Exact", "ImplementationSpecific", "prefix"];
 const NAMES: [&str; 5] = ["one", "two", "three", "four", "five"];
-const ANNOTATIONS: [(&str, &str); 19] = [
+const ANNOTATIONS: [(&str, &str); 23] = [
+    ("nginx.ingress.kubernetes.io/affinity", "cookie"),
+    ("nginx.ingress.kubernetes.io/affinity-canary-behavior", "legacy"),
+    ("nginx.ingress.kubernetes.io/upstream-hash-by", "$request_uri"),
+    ("lockgate.io/health-check", "tcp"),
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary-weight", "30"),
@@ -122,6 +126,11 @@ fn service_port(rng: &mut Rng) -> ServicePort {
     }
 }
 
+fn labels_of_service(rng: &mut Rng) -> Labels {
+    let slow = maybe(rng, 0.3, |rng| pick(rng, &["10s", "soon"]).into());
+    slow.into_iter().map(|value| ("lockgate.io/slow-start".into(), value)).collect()
+}
+
 fn service(rng: &mut Rng) -> Object {
     Object::Service(Service {
         meta: meta(rng),
@@ -130,6 +139,9 @@ fn service(rng: &mut Rng) -> Object {
         selector: labels(rng),
         ports: many(rng, 3, service_port),
         publish_not_ready: rng.u8(..8) == 0,
+        uid: maybe(rng, 0.5, |rng| pick(rng, &["u1", "u2"]).into()),
+        annotations: labels_of_service(rng),
+        prefers_zone: rng.bool(),
     })
 }
 
@@ -149,6 +161,7 @@ fn slice(rng: &mut Rng) -> Object {
             serving: rng.bool(),
             terminating: rng.bool(),
             zone: maybe(rng, 0.2, |_| "east".into()),
+            for_zone: maybe(rng, 0.7, |_| "west".into()),
             node: maybe(rng, 0.5, |rng| pick(rng, &NAMES).into()),
         }),
     })
@@ -228,6 +241,7 @@ fn options(rng: &mut Rng) -> Options {
             reserved: [9001].into(),
             ..StreamOptions::default()
         },
+        load_balance: Balance::default(),
     }
 }
 

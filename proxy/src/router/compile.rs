@@ -65,31 +65,33 @@ impl<'a> Patch<'a> {
         match change {
             DiffItem::Add(key, pool) => {
                 let slot = self.acquire(key);
-                self.set_pool(slot, pool);
+                self.set_pool(slot, key, pool);
             }
             DiffItem::Update { new: (key, pool), .. } => {
                 if let Some(slot) = self.router.slots.get(key) {
-                    self.set_pool(slot, pool);
+                    self.set_pool(slot, key, pool);
                 }
             }
             DiffItem::Remove(key, _) => {
                 if let Some(slot) = self.router.slots.get(key) {
                     self.router.pools.set(CompiledPool::empty(slot));
                 }
+                self.live.checks.set(key, None, &[]);
                 self.old_keys.push(key.clone());
             }
         }
     }
 
-    fn set_pool(&mut self, slot: u32, pool: &Pool) {
+    fn set_pool(&mut self, slot: u32, key: &PoolKey, pool: &Pool) {
         let endpoints = pool.endpoints.iter().map(|endpoint| CompiledEndpoint {
             live: self.live.endpoints.get(endpoint.address, pool.protocol),
             weight: endpoint.weight.max(1),
             zone: endpoint.zone.clone(),
         });
         let own = self.live.zone.as_deref();
-        let pool = CompiledPool::compile(slot, pool, endpoints.collect(), own);
-        self.router.pools.set(pool);
+        let compiled = CompiledPool::compile(slot, pool, endpoints.collect(), own);
+        self.live.checks.set(key, pool.check.as_ref(), &compiled.endpoints);
+        self.router.pools.set(compiled);
     }
 
     fn acquire(&mut self, key: &PoolKey) -> u32 {

@@ -32,9 +32,8 @@ fn is_one(number: &u16) -> bool {
     *number == 1
 }
 
-/// A part of a hash key.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+/// A part of a hash key. Shown as nginx writes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeyPart {
     /// These bytes.
     Text(Arc<str>),
@@ -42,9 +41,23 @@ pub enum KeyPart {
     Variable(Variable),
 }
 
+impl fmt::Display for KeyPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            KeyPart::Text(text) => f.write_str(text),
+            KeyPart::Variable(variable) => write!(f, "${{{variable}}}"),
+        }
+    }
+}
+
+impl Serialize for KeyPart {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
 /// A property of a request, by the name nginx has for it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Variable {
     /// `$request_uri`: path and query as sent.
     RequestUri,
@@ -70,6 +83,25 @@ pub enum Variable {
     Header(Arc<str>),
     /// `$cookie_NAME`.
     Cookie(Arc<str>),
+}
+
+impl fmt::Display for Variable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Variable::RequestUri => "request_uri",
+            Variable::Uri => "uri",
+            Variable::Args => "args",
+            Variable::IsArgs => "is_args",
+            Variable::Host => "host",
+            Variable::Scheme => "scheme",
+            Variable::Method => "request_method",
+            Variable::RemoteAddr => "remote_addr",
+            Variable::BinaryRemoteAddr => "binary_remote_addr",
+            Variable::Arg(name) => return write!(f, "arg_{name}"),
+            Variable::Cookie(name) => return write!(f, "cookie_{name}"),
+            Variable::Header(name) => return write!(f, "http_{}", name.replace('-', "_")),
+        })
+    }
 }
 
 /// A session cookie.
