@@ -286,6 +286,64 @@ async fn every_conformance_scenario_over_live_sockets() {
     }
 }
 
+/// One Lockgate passes TLS through to another, which insists on being told of
+/// the client, ends it, and limits what that client may do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_is_passed_through_with_a_proxy_header_and_clients_are_limited() {
+    let host = |name: &str, annotations: &str, port: &str| {
+        format!(
+            "---\n{{apiVersion: networking.k8s.io/v1, kind: Ingress, metadata: {{name: {name}, annotations: {{{annotations}}}}}, \
+             spec: {{rules: [{{host: {name}.example, http: {{paths: [{{path: /, pathType: Prefix, \
+             backend: {{service: {{name: {name}, port: {{name: {port}}}}}}}}}]}}}}]}}}}\n"
+        )
+    };
+    let toy = toys::start("behind both", Speaks::Http1).await;
+    let identity = Identity::new(&["passed.example"]);
+    let behind = TempDir::new().unwrap();
+    let limits = "nginx.ingress.kubernetes.io/limit-rpm: '1', nginx.ingress.kubernetes.io/limit-burst-multiplier: '1', \
+                  nginx.ingress.kubernetes.io/ssl-redirect: 'false'";
+    let objects = host("passed", limits, "web")
+        .replace("spec: {", "spec: {tls: [{secretName: passed, hosts: [passed.example]}], ")
+        + &manifests::service("default", "passed", &[("web", 80)])
+        + &manifests::slices("default", "passed", "web", &[toy])
+        + &manifests::secret("default", "passed", &identity);
+    fs::write(behind.path().join("objects.yaml"), objects).unwrap();
+    let behind = Gate::open(behind.path(), &["--use-proxy-protocol", "--proxy-real-ip-cidr", "127.0.0.0/8"]);
+
+    let front = TempDir::new().unwrap();
+    let passed =
+        "nginx.ingress.kubernetes.io/ssl-passthrough: 'true', lockgate.io/ssl-passthrough-proxy-protocol: v2";
+    let other = toys::start("other", Speaks::Http1).await;
+    let objects = host("passed", passed, "tls")
+        + &host("other", "", "web")
+        + &manifests::service("default", "passed", &[("tls", 443)])
+        + &manifests::slices("default", "passed", "tls", &[behind.https])
+        + &manifests::service("default", "other", &[("web", 80)])
+        + &manifests::slices("default", "other", "web", &[other]);
+    fs::write(front.path().join("objects.yaml"), objects).unwrap();
+    let front = Gate::open(front.path(), &["--enable-ssl-passthrough"]);
+
+    let trust = Trust::only([identity.certificate.as_str()]);
+    let mut answers = Vec::new();
+    for version in [Version::Http1, Version::Http2, Version::Http1] {
+        let mut connection = Connection::tls(front.https, "passed.example", &trust, version).await.unwrap();
+        let answer = connection.ask(&Question::new("passed.example", "/")).await.unwrap();
+        answers.push((answer.status, answer.body));
+    }
+    assert_eq!(answers[..2], vec![(200, "behind both".to_owned()); 2]);
+    assert_eq!(answers[2].0, 503, "one a minute, and a burst of one");
+    // The certificate of the host behind is not the front's to show.
+    assert!(Connection::tls(front.https, "other.example", &trust, Version::Http1).await.is_err());
+    let mut plain = Connection::plain(front.http, Version::Http1).await.unwrap();
+    assert_eq!(plain.ask(&Question::new("passed.example", "/")).await.unwrap().status, 308);
+    assert_eq!(plain.ask(&Question::new("other.example", "/")).await.unwrap().body, "other");
+    // Nobody comes to the one behind without a header.
+    let mut direct = Connection::plain(behind.http, Version::Http1).await.unwrap();
+    assert!(direct.ask(&Question::new("passed.example", "/")).await.is_err());
+    drop((plain, direct));
+    assert!(front.close() && behind.close());
+}
+
 /// A folder with a plain host and a TLS host in front of `toy`.
 fn shop(toy: std::net::SocketAddr, identity: &Identity) -> TempDir {
     let folder = TempDir::new().unwrap();

@@ -4,6 +4,8 @@
 
 use std::cell::RefCell;
 
+use bytes::{Bytes, BytesMut};
+
 /// Bytes a fresh buffer holds: one TLS record, and most requests whole.
 pub(crate) const BUFFER_BYTES: usize = 16 << 10;
 
@@ -13,7 +15,15 @@ const OUTPUT_BYTES: usize = 4 << 10;
 /// Free buffers kept per worker (16 MiB); more are given back to the allocator.
 const KEPT: usize = 1024;
 
+/// A block that small pieces of shared bytes are cut from. What waits for a slow
+/// client keeps the whole of its block: no more than a buffer would be.
+const BLOCK: usize = BUFFER_BYTES;
+
+/// Larger pieces get storage of their own.
+const SMALL: usize = 4 << 10;
+
 thread_local! {
+    static BLOCKS: RefCell<BytesMut> = RefCell::default();
     static FREE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
     static SPARE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
 }
@@ -118,6 +128,21 @@ impl Buffer {
         self.bytes.resize(grown, 0);
         true
     }
+}
+
+/// A copy that can be shared and handed on; small ones are cut from a common block.
+pub(crate) fn share(bytes: &[u8]) -> Bytes {
+    if bytes.len() > SMALL {
+        return Bytes::copy_from_slice(bytes);
+    }
+    BLOCKS.with_borrow_mut(|block| {
+        if block.capacity() < bytes.len() {
+            // Takes the old block's storage if nobody holds a piece of it any more.
+            block.reserve(BLOCK);
+        }
+        block.extend_from_slice(bytes);
+        block.split().freeze()
+    })
 }
 
 /// A head being written. Its storage comes from the worker's free list too.

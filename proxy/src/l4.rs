@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 
 use crate::clock;
 use crate::endpoint::LiveEndpoint;
+use crate::listener::stopped;
 use crate::table::{ListenerKey, Transport};
 use crate::worker::Worker;
 
@@ -40,7 +41,7 @@ pub(crate) async fn serve(
     loop {
         let command = tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => break,
+            () = stopped(&mut stop) => break,
             command = commands.recv() => command,
         };
         match command {
@@ -64,7 +65,7 @@ pub(crate) async fn serve(
             }
             // Nothing will be published any more: serve on as it is.
             None => {
-                let _ = stop.wait_for(|stop| *stop).await;
+                stopped(&mut stop).await;
                 break;
             }
         }

@@ -6,6 +6,7 @@
 //!  RoutingTable ── Router::compile ──► Arc<Router> ── one ArcSwap store ──┐
 //!   (plain data)    (off the hot path)                                    ▼
 //!  client ─► listener ─► tls ─► http (parse, decide, forward) ─► upstream ─► endpoint
+//!          ─► l4 (TCP and UDP ports of the table, relayed as they are) ──────► endpoint
 //!             one worker thread per core, each with its own sockets, pools and buffers
 //! ```
 #![forbid(unsafe_code)]

@@ -81,7 +81,7 @@ pub(crate) async fn accept(
 }
 
 /// Ready once `stop` is true; never if nobody can tell any more.
-async fn stopped(stop: &mut watch::Receiver<bool>) {
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
     if stop.wait_for(|stop| *stop).await.is_err() {
         std::future::pending::<()>().await;
     }
@@ -254,7 +254,7 @@ async fn pass_through(
         Ok(None) => Some(opening),
         Ok(Some(name)) => {
             counted.speaks(Speaks::Passthrough);
-            passthrough::relay(worker, opening, &name).await;
+            passthrough::serve(worker, opening, &name).await;
             None
         }
         Err(_) => {

@@ -2,8 +2,8 @@
 //! between generations wherever nothing changed, and live by one store.
 //!
 //! ```text
-//!  hosts:  exact ─► wildcard ─► any     1,024 tables by hash, then one entry:
-//!            └─► name, path trie ─► rule ─► split ─► backend ─► pool slot
+//!  hosts:  exact ─► wildcard ─► any     1,024 ways by hash, then a line of name and value
+//!            └─► path trie ─► rule ─► split ─► backend ─► pool slot
 //!  pools:  slot ─► endpoints ─► live state     changing one compiles no host
 //! ```
 

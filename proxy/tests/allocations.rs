@@ -1,4 +1,4 @@
-//! A warm HTTP/1.1 request neither allocates nor frees.
+//! A warm HTTP/1.1 request neither allocates nor frees; an HTTP/2 request has a bound.
 //!
 //! Counted is what happens on worker threads while requests pass; the test's own client and
 //! endpoints run on other threads. `LOCKGATE_SHOW_ALLOCATIONS=1` prints where the first ones happen.
@@ -16,6 +16,8 @@ use lockgate_proxy::table::{
     Action, Backend, Host, HostPattern, Override, PathMatch, RoutingTable, Sticky, UpstreamProtocol, When,
 };
 
+#[path = "support/frames.rs"]
+mod frames;
 #[path = "support/toy.rs"]
 mod toy;
 #[path = "support/wire.rs"]
@@ -322,6 +324,7 @@ fn warm_requests_allocate_nothing() {
     }
     assert!(found.is_empty(), "allocations and frees of the worker:\n{}", found.join("\n"));
     over_tls();
+    over_h2();
 }
 
 /// rustls keeps each record in a `Vec` of its own, one for what was received and one for what is
@@ -346,4 +349,57 @@ fn over_tls() {
         }
     }
     assert!(found.is_empty(), "allocations and frees of the worker:\n{}", found.join("\n"));
+}
+
+/// What one HTTP/2 request of each kind may allocate.
+const H2_CASES: &[(&str, &str, f64)] =
+    &[("GET", "/", 6.0), ("chunked response", "/chunked", 6.0), ("no rule", "/elsewhere", 16.0)];
+
+/// Streams under way at once.
+const STREAMS: u32 = 16;
+
+/// The `h2` crate builds a map of each request's fields (two allocations, and one for each value that
+/// is in no table); we build one of the response's. All else comes from pools.
+fn over_h2() {
+    let (proxy, _publisher) = toy::start(toy::config(), canary_table());
+    let mut found = Vec::new();
+    for (name, path, bound) in H2_CASES {
+        let mut peer = frames::Peer::connect(proxy.http_addrs()[0], &[(4, 1 << 30)]);
+        peer.send(&frames::window_update(0, 1 << 30)).unwrap();
+        let mut fields = frames::request("GET", path);
+        let at = fields.windows(9).position(|w| w == b"a.example").unwrap();
+        fields.splice(at - 1..at + 9, *b"\x0bapp.example");
+        fields.extend(frames::field(b"user-agent", b"h2load nghttp2/1.52.0"));
+        peer.read();
+        let mut id = 1;
+        let mut round = |times: usize| {
+            for _ in 0..times {
+                let batch: Vec<u8> = (0..STREAMS)
+                    .flat_map(|n| frames::frame(frames::HEADERS, 5, id + 2 * n, &fields))
+                    .collect();
+                peer.send(&batch).unwrap();
+                for n in 0..STREAMS {
+                    let stream = id + 2 * n;
+                    let end = |f: &frames::Frame| f.stream == stream && f.flags & frames::END_STREAM != 0;
+                    peer.wait(end).unwrap();
+                }
+                peer.forget();
+                id += 2 * STREAMS;
+            }
+        };
+        round(20);
+        if std::env::var_os("LOCKGATE_SHOW_ALLOCATIONS").is_some() {
+            SHOWN.store(150, Relaxed);
+        }
+        ALLOCATED.store(0, Relaxed);
+        COUNTING.store(true, Relaxed);
+        round(64);
+        COUNTING.store(false, Relaxed);
+        let allocated = ALLOCATED.load(Relaxed) as f64 / f64::from(64 * STREAMS);
+        println!("HTTP/2, {name}: {allocated:.2} allocations per request");
+        if allocated > *bound {
+            found.push(format!("{name}: {allocated:.2} per request"));
+        }
+    }
+    assert!(found.is_empty(), "allocations of the worker:\n{}", found.join("\n"));
 }

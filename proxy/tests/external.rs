@@ -197,19 +197,26 @@ fn testssl() {
     assert!(worse.is_empty(), "{}", worse.join("\n"));
 }
 
+/// Some of them are left out unless they are named.
+const SMUGGLEX_CHECKS: &str = "cl-te,te-cl,te-te,h2c,h2,cl-edge,cl-0,0-cl,parser-discrepancy,h2-downgrade";
+
 /// smugglex finds no way to smuggle a request past the proxy, in the clear and over TLS.
 #[test]
 fn smugglex() {
     let Some(smugglex) = tool("smugglex") else { return };
     let (upstream, _heard) = messages::recorder();
     let table = peers::with_certificate(toy::table(&[upstream], UpstreamProtocol::Http1), &["localhost"]);
-    let (proxy, _publisher) = toy::start(toy::config(), table);
+    let mut config = toy::config();
+    // Some probes announce a byte of body and never send it: whoever waits for it is suspected,
+    // and the probes behind are not tried.
+    config.timeouts.client = Duration::from_millis(200);
+    let (proxy, _publisher) = toy::start(config, table);
     let folder = scratch("smugglex");
     for (scheme, address) in [("http", proxy.http_addrs()[0]), ("https", proxy.https_addrs()[0])] {
         let report = folder.join(format!("{scheme}.json"));
         let mut command = Command::new(&smugglex);
         command.args(["--quiet", "--no-color", "--format", "json", "--timeout", "4", "--concurrency", "8"]);
-        command.args(["--fuzz", "--fingerprint", "--output"]).arg(&report);
+        command.args(["--checks", SMUGGLEX_CHECKS, "--fuzz", "--output"]).arg(&report);
         command.arg(format!("{scheme}://localhost:{}/", address.port()));
         let output = run(&mut command, Duration::from_secs(900));
         let found = fs::read_to_string(&report).unwrap_or_else(|error| panic!("{error}: {}", text(&output)));
@@ -217,10 +224,22 @@ fn smugglex() {
         let mut checks = Vec::new();
         collect(&found, &mut checks);
         assert!(checks.len() >= 5, "{}", text(&output));
-        let open: Vec<_> = checks.iter().filter(|check| check["vulnerable"] == true).collect();
+        let open = |check: &&&serde_json::Value| check["vulnerable"] == true && !waits_for_body(check);
+        let open: Vec<_> = checks.iter().filter(open).collect();
         assert!(open.is_empty(), "{scheme}: {open:#?}");
-        assert!(output.status.success(), "{scheme}: {}", text(&output));
     }
+}
+
+/// Whether a finding is only that we wait for a body that was announced and not sent,
+/// as every server must.
+fn waits_for_body(check: &serde_json::Value) -> bool {
+    let Some((head, body)) = check["payload"].as_str().and_then(|text| text.split_once("\r\n\r\n")) else {
+        return false;
+    };
+    let head = head.to_ascii_lowercase();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length:")?.trim().parse().ok());
+    let waits = !head.contains("transfer-encoding") && length.is_some_and(|n: usize| body.len() < n);
+    waits && check["attack_status"].as_str().is_some_and(|status| status.contains(" 408 "))
 }
 
 /// The checks of a report, however deep they lie.

@@ -1,16 +1,20 @@
 //! A downstream HTTP/2 connection (RFC 9113): the `h2` crate speaks the
-//! protocol, one task per stream carries the requests out. A stream may become a
-//! tunnel for WebSocket (RFC 8441).
+//! protocol, a task for each stream under way carries its request out. A stream
+//! may become a tunnel for WebSocket (RFC 8441).
+//!
+//! What bounds a hostile client: the windows, and the send buffer of a stream,
+//! bound bytes; the limits below and in [`crate::config::Limits`] bound what costs
+//! work without bytes; deadlines bound time. Going too far is counted by
+//! [`crate::metrics::Breach`].
 
-use std::cell::Cell;
-use std::future::poll_fn;
+use std::cell::{Cell, RefCell};
+use std::future::{Future as _, poll_fn};
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::Reason;
-use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::buffer::Buffer;
@@ -22,12 +26,14 @@ use crate::worker::{Presence, Worker};
 use super::client::Client;
 
 mod plan;
+mod runner;
 mod source;
 mod stream;
 mod tunnel;
 mod websocket;
 mod wire;
 
+use runner::Work;
 use wire::{Frames, Wire};
 
 /// What a client may send on one stream before it has been passed on.
@@ -36,13 +42,19 @@ const STREAM_WINDOW: u32 = 128 << 10;
 /// The same for all streams of a connection together.
 const CONNECTION_WINDOW: u32 = 1 << 20;
 
-/// Response bytes buffered per stream while the client grants no room.
+/// Response bytes that the `h2` crate buffers per stream, at most: four frames
+/// keep a fast client busy, and a client that grants everything and reads
+/// nothing holds no more than this of each stream.
 const SEND_BUFFER: usize = 64 << 10;
 
-/// Streams reset by the client before we accepted them (rapid reset, CVE-2023-44487).
+/// Streams the client has reset before they had a task (rapid reset,
+/// CVE-2023-44487). More than come in one read of honest cancelling; those with
+/// a task count towards [`crate::config::Limits::h2_resets`].
 const PENDING_RESETS: usize = 32;
 
-/// Resets we were made to send (MadeYouReset, CVE-2025-8671).
+/// Resets we were made to send (MadeYouReset, CVE-2025-8671), and streams refused
+/// for being too many. Some clients open as many as they like before they have
+/// read our limit: twice that is let pass.
 const LOCAL_RESETS: usize = 256;
 
 /// How long a connection stays open after GOAWAY once its last stream has ended.
@@ -57,9 +69,9 @@ pub(crate) struct Http2 {
     /// Streams so far, and those of them that the client has reset.
     opened: Cell<u32>,
     reset: Cell<u32>,
-    /// Told when the last stream has ended, when there is room for one again, and
-    /// when the client has reset too many.
-    changed: Notify,
+    /// The connection's task: woken when the last stream has ended, when there is
+    /// room for one again, and when the client has reset too many.
+    waker: RefCell<Option<Waker>>,
 }
 
 /// Serves a connection until it ends. `input` was read already.
@@ -73,6 +85,8 @@ pub(crate) async fn serve(
     let limits = &worker.config.limits;
     let mut timer = Timer::new(Instant::now() + worker.config.timeouts.header);
     let frames = Rc::new(Frames::new(limits.h2_control_frames));
+    let wire = Wire::new(conn, input, frames.clone());
+    let line = wire.0.clone();
     let handshake = h2::server::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -82,14 +96,22 @@ pub(crate) async fn serve(
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_RESETS))
         .enable_connect_protocol()
-        .handshake::<_, Bytes>(Wire { input, conn, frames: frames.clone() });
+        .handshake::<_, Bytes>(wire);
+    // Boxed, as it is large and over soon.
+    let mut handshake = Box::pin(handshake);
+    let sending = line.clone();
+    let handshake = poll_fn(move |cx| {
+        let done = handshake.as_mut().poll(cx);
+        // An error will show when the client's preface does not come.
+        let _ = sending.borrow_mut().poll_send(cx);
+        done
+    });
     let deadline = Instant::now() + worker.config.timeouts.header;
-    let Ok(Ok(mut connection)) = timer.within(deadline, Box::pin(handshake)).await else { return };
+    let Ok(Ok(mut connection)) = timer.within(deadline, handshake).await else { return };
     let shared = Rc::new(Http2::new(worker, client, frames));
     let mut ending = false;
     loop {
-        let idle = shared.streams.get() == 0;
-        let full = shared.streams.get() >= shared.streams_limit();
+        let idle = shared.is_idle();
         let deadline = Instant::now()
             + match (ending, idle) {
                 (true, true) => GOODBYE,
@@ -105,24 +127,18 @@ pub(crate) async fn serve(
                 return Poll::Ready(Event::Drain);
             }
             presence.wake_on_drain(cx.waker());
-            match poll_event(cx, &mut connection, full) {
-                Poll::Pending if shared.frames.exceeded() => {
-                    Poll::Ready(Event::Breach(Breach::ControlFrames))
-                }
-                event => event,
+            shared.watch(cx.waker());
+            let event = poll_event(cx, &mut connection, &shared);
+            match line.borrow_mut().poll_send(cx) {
+                _ if event.is_ready() => event,
+                Poll::Ready(Err(_)) => Poll::Ready(Event::End),
+                // Another deadline holds from here on.
+                _ if idle != shared.is_idle() => Poll::Ready(Event::Turn),
+                _ => Poll::Pending,
             }
         });
-        let event = tokio::select! {
-            biased;
-            event = timer.within(deadline, next) => event,
-            // The idle deadline starts over when the last stream ends.
-            () = shared.changed.notified(), if !idle => continue,
-        };
-        match event {
-            Ok(Event::Request((request, respond))) => {
-                shared.stream_begins();
-                tokio::task::spawn_local(stream::serve(shared.clone(), request, respond));
-            }
+        match timer.within(deadline, next).await {
+            Ok(Event::Turn) => {}
             Ok(Event::Drain) => {
                 ending = true;
                 connection.graceful_shutdown();
@@ -135,7 +151,11 @@ pub(crate) async fn serve(
             Ok(Event::Breach(breach)) => {
                 shared.worker.metrics.breached(breach);
                 connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
-                let goodbye = poll_fn(|cx| connection.poll_closed(cx));
+                let goodbye = poll_fn(|cx| {
+                    let closed = connection.poll_closed(cx);
+                    let _ = line.borrow_mut().poll_send(cx);
+                    closed
+                });
                 // Whether the client hears of it is its own affair.
                 let _ = timer.within(Instant::now() + GOODBYE, goodbye).await;
                 return;
@@ -155,12 +175,9 @@ pub(crate) async fn serve(
     }
 }
 
-#[expect(
-    clippy::large_enum_variant,
-    reason = "lives for a moment on the stack; a box would be an allocation per request"
-)]
 enum Event {
-    Request((http::Request<h2::RecvStream>, h2::server::SendResponse<Bytes>)),
+    /// The first stream has begun, or the last one ended.
+    Turn,
     Drain,
     /// The client has gone too far, by a count of ours.
     Breach(Breach),
@@ -168,21 +185,36 @@ enum Event {
     End,
 }
 
+/// Gives every stream that has come to a task.
 fn poll_event(
     cx: &mut Context<'_>,
     connection: &mut h2::server::Connection<Wire, Bytes>,
-    full: bool,
+    shared: &Rc<Http2>,
 ) -> Poll<Event> {
-    if full {
-        // A stream the client has reset still occupies us for a moment: who resets
-        // faster than we let go has its streams wait, and their resets counted.
-        return connection.poll_closed(cx).map(|end| end.map_or_else(Event::Broken, |()| Event::End));
+    while shared.streams.get() < shared.streams_limit() {
+        match connection.poll_accept(cx) {
+            Poll::Ready(Some(Ok((request, respond)))) => {
+                shared.stream_begins();
+                runner::serve(Work { shared: shared.clone(), request, respond });
+            }
+            Poll::Ready(Some(Err(error))) => return Poll::Ready(Event::Broken(error)),
+            Poll::Ready(None) => return Poll::Ready(Event::End),
+            Poll::Pending => return poll_breach(shared),
+        }
     }
-    connection.poll_accept(cx).map(|accepted| match accepted {
-        Some(Ok(accepted)) => Event::Request(accepted),
-        Some(Err(error)) => Event::Broken(error),
-        None => Event::End,
-    })
+    // A stream the client has reset still occupies us for a moment: who resets
+    // faster than we let go has its streams wait, and their resets counted.
+    match connection.poll_closed(cx) {
+        Poll::Pending => poll_breach(shared),
+        Poll::Ready(end) => Poll::Ready(end.map_or_else(Event::Broken, |()| Event::End)),
+    }
+}
+
+fn poll_breach(shared: &Http2) -> Poll<Event> {
+    match shared.frames.exceeded() {
+        true => Poll::Ready(Event::Breach(Breach::ControlFrames)),
+        false => Poll::Pending,
+    }
 }
 
 impl Http2 {
@@ -194,7 +226,7 @@ impl Http2 {
             streams: Cell::new(0),
             opened: Cell::new(0),
             reset: Cell::new(0),
-            changed: Notify::new(),
+            waker: RefCell::default(),
         }
     }
 
@@ -211,7 +243,18 @@ impl Http2 {
         let left = self.streams.get() - 1;
         self.streams.set(left);
         if left == 0 || left + 1 == self.streams_limit() || self.resets_too_many() {
-            self.changed.notify_one();
+            self.waker.borrow().iter().for_each(Waker::wake_by_ref);
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.streams.get() == 0
+    }
+
+    fn watch(&self, waker: &Waker) {
+        let mut watching = self.waker.borrow_mut();
+        if !watching.as_ref().is_some_and(|w| w.will_wake(waker)) {
+            *watching = Some(waker.clone());
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
 use crate::buffer::Output;
@@ -89,15 +90,17 @@ pub(crate) fn write_cookies(out: &mut Vec<u8>, headers: &HeaderMap) {
     }
 }
 
-/// The head of an HTTP/1 response without what ends at this hop.
-pub(crate) fn response(head: &ResponseHead<'_, '_>) -> Result<Response<()>, BadResponse> {
+/// The head of an HTTP/1 response without what ends at this hop. It was parsed
+/// out of `bytes`, which its values share.
+pub(crate) fn response(head: &ResponseHead<'_, '_>, bytes: &Bytes) -> Result<Response<()>, BadResponse> {
     let mut response = Response::new(());
     *response.status_mut() =
         StatusCode::from_u16(head.status).map_err(|_| BadResponse("malformed status line"))?;
     let headers = response.headers_mut();
+    headers.reserve(head.headers.len());
     for header in head.headers {
         let name = HeaderName::from_bytes(header.name.as_bytes());
-        let value = HeaderValue::from_bytes(header.value);
+        let value = HeaderValue::from_maybe_shared(bytes.slice_ref(header.value));
         let (Ok(name), Ok(value)) = (name, value) else { continue };
         let nominated = head.nominated.iter().any(|n| n.eq_ignore_ascii_case(header.name.as_bytes()));
         if !nominated && !is_connection_specific(&name) {

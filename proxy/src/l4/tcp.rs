@@ -201,7 +201,11 @@ async fn connect(worker: &Worker, pool: &CompiledPool, timer: &mut Timer) -> Opt
                 upstream.live.succeeded();
                 return Some((peer, busy));
             }
-            _ => {
+            failure => {
+                // What failed in time was counted where it failed.
+                if failure.is_err() {
+                    worker.metrics.upstream_failed.inc();
+                }
                 failed(worker, &upstream.live);
                 tried.push(upstream.live.id);
             }

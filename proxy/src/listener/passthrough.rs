@@ -15,8 +15,8 @@ use crate::buffer::{Buffer, Output};
 use crate::client_hello::{self, Parsed};
 use crate::clock;
 use crate::conn::Conn;
-use crate::http::tunnel;
 use crate::proxy_protocol::{self, Version};
+use crate::relay;
 use crate::timer::Timer;
 use crate::upstream::{InFlight, Peer, Upstream};
 use crate::worker::Worker;
@@ -41,7 +41,7 @@ pub(super) async fn asked(worker: &Worker, opening: &mut Opening) -> Option<Stri
 }
 
 /// Relays between the client and an endpoint of the host `name` until both have ended.
-pub(super) async fn relay(worker: &Worker, opening: Opening, name: &str) {
+pub(super) async fn serve(worker: &Worker, opening: Opening, name: &str) {
     let Some((mut peer, version)) = reach(worker, name).await else {
         worker.metrics.passthrough_failed.inc();
         tracing::debug!(host = name, "no endpoint for a connection to be passed through");
@@ -56,8 +56,10 @@ pub(super) async fn relay(worker: &Worker, opening: Opening, name: &str) {
             return worker.metrics.passthrough_failed.inc();
         }
     }
-    let timer = Timer::new(Instant::now() + worker.config.timeouts.tunnel);
-    tunnel::run(worker, Conn::Plain(tcp), peer, input, Buffer::new(), timer).await;
+    let idle = worker.config.timeouts.tunnel;
+    let mut timer = Timer::new(Instant::now() + idle);
+    let mut client = Conn::Plain(tcp);
+    relay::run(&mut client, &mut peer.conn, input, Buffer::new(), &mut timer, idle, |_, _| {}).await;
 }
 
 /// A connection to an endpoint, and the PROXY header it wants.

@@ -1,11 +1,10 @@
 //! A persistent map from host names: 1,024 ways by the upper bits of a hash,
 //! each an open-addressed table by its lower bits, shared between generations.
 //!
-//! What a lookup reads lies close together, whatever else was allocated in
-//! between: 8 bytes a slot, then one record of name and bytes, and the value.
-//! Names of 100,000 hosts take a few megabytes and a thousand pages so, and at
-//! any number a lookup waits for memory about once. An edit copies one way: a
-//! thousandth of the names.
+//! An entry is one line of the cache and has name and value in it; entries lie
+//! side by side, because how long a lookup takes among many is a matter of how
+//! many lines and pages it touches. Bytes that go with a value lie in one array
+//! per way. An edit copies one way: a thousandth of the names.
 
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
@@ -105,7 +104,7 @@ impl Place<'_> {
 
 const WAYS: usize = 1024;
 
-type Root<V> = [Arc<Way<V>>; WAYS];
+type Root<V> = [Way<V>; WAYS];
 
 #[derive(Debug)]
 struct HostMap<V> {
@@ -129,10 +128,7 @@ impl<V> Clone for HostMap<V> {
 impl<V> HostMap<V> {
     fn get(&self, name: &str) -> Option<Entry<'_, V>> {
         let hash = self.hash(name);
-        let way = &self.root.as_ref()?[way(hash)];
-        let slot = way.find(hash as u32, name)?;
-        let bytes = way.record(way.slots[slot].at).1;
-        Some(Entry { value: way.values[slot].as_ref()?, bytes })
+        self.root.as_ref()?[way(hash)].get(hash as u32, name)
     }
 
     fn hash(&self, name: &str) -> u64 {
@@ -146,16 +142,17 @@ impl<V: Clone> HostMap<V> {
     fn insert(&mut self, name: &str, value: V, bytes: &[u8]) {
         let hash = self.hash(name);
         let root = self.root.get_or_insert_with(|| {
-            let empty = Arc::new(Way::with_room_for(0));
+            let empty = Way::with_room_for(0, 0);
             Arc::new(std::array::from_fn(|_| empty.clone()))
         });
-        let way = Arc::make_mut(&mut Arc::make_mut(root)[way(hash)]);
-        // What is replaced leaves its record behind: not for long.
-        let known = way.find(hash as u32, name).is_some();
-        if known || (way.len + 1) * 5 > way.slots.len() * 4 {
-            *way = way.rebuilt(way.len + usize::from(!known), hash as u32, name);
+        let way = &mut Arc::make_mut(root)[way(hash)];
+        let known = way.get(hash as u32, name).is_some();
+        // What is replaced leaves its bytes behind: not for long.
+        if known || !way.has_room_for(bytes.len()) {
+            let more = if known { bytes.len() } else { bytes.len() + way.used / 4 };
+            *way = way.rebuilt(way.len + usize::from(!known), more, hash as u32, name);
         }
-        way.put(hash as u32, name, value, bytes);
+        way.put(Slot { hash: hash as u32, at: 0, name: Name::new(name), value }, bytes);
     }
 
     fn remove(&mut self, name: &str) {
@@ -164,113 +161,152 @@ impl<V: Clone> HostMap<V> {
         }
         let hash = self.hash(name);
         let Some(root) = &mut self.root else { return };
-        let way = Arc::make_mut(&mut Arc::make_mut(root)[way(hash)]);
+        let way = &mut Arc::make_mut(root)[way(hash)];
         // Rebuilt, because a gap would end the search for names behind it.
-        *way = way.rebuilt(way.len - 1, hash as u32, name);
+        *way = way.rebuilt(way.len - 1, 0, hash as u32, name);
     }
 }
 
 /// Linear probing, with two thirds to four fifths of the slots taken, or no
 /// slots at all: fewer pages of memory matter more than shorter searches.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Way<V> {
-    slots: Vec<Slot>,
-    /// By slot.
-    values: Vec<Option<V>>,
-    records: Vec<u8>,
+    slots: Arc<[Option<Slot<V>>]>,
     len: usize,
+    /// What goes with the values, each behind its length in 4 bytes.
+    bytes: Arc<[u8]>,
+    used: usize,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Slot {
+/// With the values of the router exactly one cache line.
+#[derive(Clone, Debug)]
+#[repr(align(64))]
+struct Slot<V> {
     /// Lower half of the hash.
     hash: u32,
-    /// Where in `records`: name length, name, length of bytes, bytes; lengths
-    /// in 4 bytes. A way is a thousandth of a table, so 4 GiB are plenty.
+    /// Where its bytes are in those of the way, or `NONE`. A way is a
+    /// thousandth of a table, so 4 GiB are plenty.
     at: u32,
+    value: V,
+    name: Name,
 }
 
-const VACANT: u32 = u32::MAX;
+const NONE: u32 = u32::MAX;
 
-impl<V> Way<V> {
-    fn with_room_for(len: usize) -> Way<V> {
-        let slots = if len == 0 { 0 } else { len * 3 / 2 + 1 };
-        let values = std::iter::repeat_with(|| None).take(slots).collect();
-        Way { slots: vec![Slot { hash: 0, at: VACANT }; slots], values, records: Vec::new(), len: 0 }
+/// A name that, unless it is long, needs no look elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Name {
+    Short { len: u8, bytes: [u8; 30] },
+    Long(Box<str>),
+}
+
+impl Name {
+    fn new(name: &str) -> Name {
+        let mut bytes = [0; 30];
+        match bytes.get_mut(..name.len()) {
+            Some(short) => {
+                short.copy_from_slice(name.as_bytes());
+                Name::Short { len: name.len() as u8, bytes }
+            }
+            None => Name::Long(name.into()),
+        }
     }
 
-    fn find(&self, hash: u32, name: &str) -> Option<usize> {
+    fn is(&self, name: &str) -> bool {
+        match self {
+            Name::Short { len, bytes } => bytes[..usize::from(*len)] == *name.as_bytes(),
+            Name::Long(long) => **long == *name,
+        }
+    }
+}
+
+impl<V> Clone for Way<V> {
+    fn clone(&self) -> Way<V> {
+        Way { slots: self.slots.clone(), len: self.len, bytes: self.bytes.clone(), used: self.used }
+    }
+}
+
+impl<V> Way<V> {
+    fn with_room_for(len: usize, bytes: usize) -> Way<V> {
+        let slots = if len == 0 { 0 } else { len * 3 / 2 + 1 };
+        let slots = std::iter::repeat_with(|| None).take(slots).collect();
+        Way { slots, len: 0, bytes: vec![0; bytes].into(), used: 0 }
+    }
+
+    fn has_room_for(&self, bytes: usize) -> bool {
+        let fits = bytes == 0 || self.used + LENGTH + bytes <= self.bytes.len();
+        fits && (self.len + 1) * 5 <= self.slots.len() * 4
+    }
+
+    fn get(&self, hash: u32, name: &str) -> Option<Entry<'_, V>> {
         let mut at = home(hash, self.slots.len());
         loop {
-            // Ends at a vacant slot, of which there is one, or at once if there are no slots.
-            let slot = self.slots.get(at)?;
-            if slot.at == VACANT {
-                return None;
-            }
-            if slot.hash == hash {
-                self.touch(slot.at, at);
-                if self.record(slot.at).0 == name.as_bytes() {
-                    return Some(at);
-                }
+            // Ends at an empty slot, of which there is one, or at once if there are no slots.
+            let slot = self.slots.get(at)?.as_ref()?;
+            if slot.hash == hash && slot.name.is(name) {
+                return Some(Entry { value: &slot.value, bytes: self.bytes(slot) });
             }
             at = next(at, self.slots.len());
         }
     }
 
-    /// Asks the memory for all of a small record and its value at once: what is
-    /// read next depends on what is read before, and would be asked for one by one.
-    fn touch(&self, at: u32, slot: usize) {
-        let record = &self.records[at as usize..];
-        for line in [64, 128, 192] {
-            std::hint::black_box(record.get(line).copied());
+    fn bytes(&self, slot: &Slot<V>) -> &[u8] {
+        if slot.at == NONE {
+            return &[];
         }
-        std::hint::black_box(self.values[slot].is_some());
-    }
-
-    /// Name and bytes of the record at `at`.
-    fn record(&self, at: u32) -> (&[u8], &[u8]) {
-        let (name, rest) = part(&self.records[at as usize..]);
-        (name, part(rest).0)
+        let bytes = &self.bytes[slot.at as usize..];
+        // All of a few lines at once: what is read next depends on what is read
+        // before, and would be asked of the memory line by line.
+        for line in [64, 128, 192] {
+            std::hint::black_box(bytes.get(line).copied());
+        }
+        part(bytes)
     }
 }
 
 impl<V: Clone> Way<V> {
     /// There must be room, and no entry of the same name.
-    fn put(&mut self, hash: u32, name: &str, value: V, bytes: &[u8]) {
-        let mut at = home(hash, self.slots.len());
-        while self.slots[at].at != VACANT {
-            at = next(at, self.slots.len());
+    fn put(&mut self, mut slot: Slot<V>, bytes: &[u8]) {
+        slot.at = NONE;
+        if !bytes.is_empty() {
+            slot.at = self.used as u32;
+            let (length, rest) = Arc::make_mut(&mut self.bytes)[self.used..].split_at_mut(LENGTH);
+            length.copy_from_slice(&(bytes.len() as u32).to_le_bytes());
+            rest[..bytes.len()].copy_from_slice(bytes);
+            self.used += LENGTH + bytes.len();
         }
-        self.slots[at] = Slot { hash, at: self.records.len() as u32 };
-        self.values[at] = Some(value);
+        let slots = Arc::make_mut(&mut self.slots);
+        let mut at = home(slot.hash, slots.len());
+        while slots[at].is_some() {
+            at = next(at, slots.len());
+        }
+        slots[at] = Some(slot);
         self.len += 1;
-        for part in [name.as_bytes(), bytes] {
-            self.records.extend_from_slice(&(part.len() as u32).to_le_bytes());
-            self.records.extend_from_slice(part);
-        }
     }
 
-    /// The entries but the one of this hash and name, in a way with room for `len`.
-    fn rebuilt(&self, len: usize, hash: u32, name: &str) -> Way<V> {
-        let mut way = Way::with_room_for(len);
-        way.records.reserve_exact(self.records.len() * len / self.len.max(1));
-        for (slot, value) in self.slots.iter().zip(&self.values) {
-            let Some(value) = value else { continue };
-            let (known, bytes) = self.record(slot.at);
-            // Names came in as text.
-            let Ok(known) = std::str::from_utf8(known) else { continue };
-            if slot.hash != hash || known != name {
-                way.put(slot.hash, known, value.clone(), bytes);
-            }
-        }
+    /// The entries but the one of this hash and name, with room for `len` of
+    /// them, and for an entry of `more` bytes.
+    fn rebuilt(&self, len: usize, more: usize, hash: u32, name: &str) -> Way<V> {
+        let kept = || self.slots.iter().flatten().filter(|slot| slot.hash != hash || !slot.name.is(name));
+        let bytes: usize = kept().map(|slot| record(self.bytes(slot).len())).sum();
+        let mut way = Way::with_room_for(len, bytes + record(more));
+        kept().for_each(|slot| way.put(slot.clone(), self.bytes(slot)));
         way
     }
 }
 
-/// The first part of `bytes`, its length before it, and what follows.
-fn part(bytes: &[u8]) -> (&[u8], &[u8]) {
-    let (length, rest) = bytes.split_first_chunk().unwrap_or((&[0; 4], &[]));
-    rest.split_at(u32::from_le_bytes(*length) as usize)
+/// Bytes before those of a value.
+const LENGTH: usize = 4;
+
+/// What `bytes` of them take.
+fn record(bytes: usize) -> usize {
+    if bytes == 0 { 0 } else { LENGTH + bytes }
+}
+
+/// The front of `record`, as long as its first bytes say.
+fn part(record: &[u8]) -> &[u8] {
+    let (length, rest) = record.split_first_chunk().unwrap_or((&[0; LENGTH], &[]));
+    &rest[..u32::from_le_bytes(*length) as usize]
 }
 
 fn way(hash: u64) -> usize {
@@ -367,10 +403,16 @@ mod tests {
             let entry = map.get(&n.to_string()).unwrap();
             assert_eq!((*entry.value, entry.bytes), (n, vec![2; n % 300].as_slice()));
         }
-        let records = map.root.iter().flat_map(|root| root.iter()).map(|way| way.records.len());
-        // Names, lengths and bytes, and nothing that was replaced.
-        let expected: usize = (0..5_000).map(|n| 8 + n.to_string().len() + n % 300).sum();
-        assert_eq!(records.sum::<usize>(), expected);
+        let used = map.root.iter().flat_map(|root| root.iter()).map(|way| way.used);
+        // Nothing of what was replaced.
+        let expected: usize = (0..5_000).map(|n| record(n % 300)).sum();
+        assert_eq!(used.sum::<usize>(), expected);
+    }
+
+    #[test]
+    fn a_slot_of_the_router_is_one_cache_line() {
+        type Slots = Option<Slot<(Arc<[u8]>, Option<Arc<()>>)>>;
+        assert_eq!((size_of::<Slots>(), align_of::<Slots>()), (64, 64));
     }
 
     #[test]

@@ -195,6 +195,11 @@ impl Peer {
         self.frames().iter().filter(|f| f.kind == GOAWAY).map(Frame::code).collect()
     }
 
+    /// Drops what has come so far.
+    pub fn forget(&self) {
+        self.received.0.lock().unwrap().frames.clear();
+    }
+
     /// What has come so far.
     pub fn frames(&self) -> Vec<Frame> {
         self.received.0.lock().unwrap().frames.clone()

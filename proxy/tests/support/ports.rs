@@ -9,8 +9,8 @@ use lockgate_proxy::config::{Config, Drain, L4Options};
 use lockgate_proxy::l4::ListenerState;
 use lockgate_proxy::metrics::ListenerSlot;
 use lockgate_proxy::table::{
-    Balance, Endpoint, L4Listener, ListenerKey, Origin, Pool, PoolKey, ProxyProtocol, RoutingTable,
-    Transport, UpstreamProtocol,
+    Endpoint, L4Listener, ListenerKey, Origin, Pool, PoolKey, ProxyProtocol, RoutingTable, Transport,
+    UpstreamProtocol,
 };
 use lockgate_proxy::{Proxy, Publisher};
 use tokio::net::TcpListener;
@@ -61,7 +61,7 @@ pub fn pool(transport: Transport, endpoints: &[SocketAddr]) -> Pool {
     let endpoint = |&address| Endpoint { address, weight: 1, zone: None };
     let mut endpoints: Vec<_> = endpoints.iter().map(endpoint).collect();
     endpoints.sort();
-    Pool { protocol, balance: Balance::RoundRobin, endpoints, ..Pool::default() }
+    Pool { protocol, endpoints, ..Pool::default() }
 }
 
 /// One port on 127.0.0.1 that goes to `endpoints`.

@@ -18,8 +18,8 @@ use super::Http2;
 use super::websocket::{self, Key};
 
 /// What is sent upstream, settled before a byte moves.
-pub(super) struct Plan {
-    pub(super) authority: Bytes,
+pub(super) struct Plan<'q> {
+    pub(super) authority: &'q [u8],
     pub(super) id: RequestId,
     /// Extra fields of an answer of our own.
     pub(super) location: Option<HeaderValue>,
@@ -28,18 +28,18 @@ pub(super) struct Plan {
     /// Request for an HTTP/2 endpoint.
     pub(super) request: Option<Request<()>>,
     /// The request in its client's account.
-    _held: Option<Held>,
+    pub(super) held: Option<Held>,
     /// The stream is to become a tunnel; what an HTTP/1 endpoint has to prove it has read.
     pub(super) websocket: Option<Key>,
 }
 
 /// Decides, and prepares what is sent upstream.
-pub(super) fn plan<'r>(
+pub(super) fn plan<'r, 'q>(
     shared: &Http2,
     router: &'r Router,
-    request: &Request<()>,
+    request: &'q Request<()>,
     body: &RecvStream,
-) -> Result<(Verdict<'r>, Plan), Reject> {
+) -> Result<(Verdict<'r>, Plan<'q>), Reject> {
     let Http2 { worker, client, .. } = shared;
     let authority = authority(request)?;
     let target = target(request);
@@ -60,7 +60,7 @@ pub(super) fn plan<'r>(
     let view = map::MapView { headers: request.headers(), client: forwarded.address };
     let https = forwarded.is_https(client);
     let asked = Asked {
-        authority: &authority,
+        authority,
         method: request.method().as_str().as_bytes(),
         target: target.as_bytes(),
         path: request.uri().path().as_bytes(),
@@ -72,11 +72,11 @@ pub(super) fn plan<'r>(
     let id = RequestId::new(sent, &mut worker.random.borrow_mut());
     let websocket = websocket.then(|| Key::new(&mut worker.random.borrow_mut()));
     let mut plan =
-        Plan { authority, id, location: None, head: Output::take(), request: None, _held: held, websocket };
+        Plan { authority, id, location: None, head: Output::take(), request: None, held, websocket };
     match &verdict {
         Verdict::Answer(answer) if answer.to_https => {
             let mut location = Vec::new();
-            write_https_location(&mut location, worker, &plan.authority, target.as_bytes());
+            write_https_location(&mut location, worker, plan.authority, target.as_bytes());
             plan.location = HeaderValue::from_maybe_shared(Bytes::from(location)).ok();
         }
         Verdict::Answer(_) => {}
@@ -100,9 +100,9 @@ pub(super) fn plan<'r>(
                     if plan.websocket.is_some() {
                         websocket::remove_handshake(headers);
                     }
-                    map::add_forwarded(headers, client, &forwarded, &plan.authority, &plan.id);
+                    map::add_forwarded(headers, client, &forwarded, plan.authority, &plan.id);
                     plan.request =
-                        Some(with_authority(upstream, map::scheme(pool.protocol), &plan.authority)?);
+                        Some(with_authority(upstream, map::scheme(pool.protocol), plan.authority)?);
                 }
             }
         }
@@ -111,7 +111,7 @@ pub(super) fn plan<'r>(
 }
 
 /// `:authority`, or Host in its place; both must say the same (RFC 9113 section 8.3.1).
-fn authority(request: &Request<()>) -> Result<Bytes, Reject> {
+fn authority(request: &Request<()>) -> Result<&[u8], Reject> {
     let host = request.headers().get(header::HOST).map(HeaderValue::as_bytes);
     let named = request.uri().authority().map(|a| a.as_str().as_bytes());
     let authority = match (named, host) {
@@ -126,7 +126,7 @@ fn authority(request: &Request<()>) -> Result<Bytes, Reject> {
         return Err(Reject { status: 400, reason: "duplicate Host" });
     }
     match is_authority(authority) {
-        true => Ok(Bytes::copy_from_slice(authority)),
+        true => Ok(authority),
         false => Err(Reject { status: 400, reason: "malformed :authority" }),
     }
 }
@@ -160,7 +160,7 @@ fn with_authority(mut request: Request<()>, scheme: &str, authority: &[u8]) -> R
 
 /// The request head for an HTTP/1 endpoint.
 fn write_request(
-    plan: &mut Plan,
+    plan: &mut Plan<'_>,
     client: &Client,
     forwarded: &Forwarded<'_>,
     request: &Request<()>,

@@ -2,7 +2,6 @@
 //! protocol the endpoint speaks.
 
 use std::future::poll_fn;
-use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -11,7 +10,7 @@ use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use tokio::time::Instant;
 
-use crate::buffer::{Buffer, Output};
+use crate::buffer::{Buffer, Output, share};
 use crate::clock;
 use crate::http::exchange::{Failure, Order, UploadError, step};
 use crate::http::h1::Incoming;
@@ -27,6 +26,7 @@ use crate::upstream::Peer;
 
 use super::Http2;
 use super::plan::{Plan, framing, plan};
+use super::runner::Work;
 use super::source::{Answer, FromStream, Watched};
 use super::tunnel::{self, Far, Near};
 use super::websocket::{self, Key};
@@ -35,7 +35,7 @@ use super::websocket::{self, Key};
 struct Stream<'s> {
     shared: &'s Http2,
     respond: SendResponse<Bytes>,
-    timer: Timer,
+    timer: &'s mut Timer,
     record: Record,
     /// Set when the response head has left.
     sending: Option<SendStream<Bytes>>,
@@ -46,7 +46,8 @@ struct Stream<'s> {
 }
 
 /// Serves one stream.
-pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
+pub(super) async fn serve(work: Work, timer: &mut Timer) {
+    let Work { shared, request, respond } = work;
     let started = Instant::now();
     let worker = &shared.worker;
     worker.metrics.requests_in_flight.inc();
@@ -55,7 +56,7 @@ pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respo
     let mut stream = Stream {
         shared: &shared,
         respond,
-        timer: Timer::new(started + worker.config.timeouts.read),
+        timer,
         record: Record::new(started),
         sending: None,
         is_head: *request.method() == http::Method::HEAD,
@@ -63,7 +64,7 @@ pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respo
         ends: None,
     };
     let router = worker.router();
-    let mut far = None;
+    let (mut far, mut _held) = (None, None);
     match plan(&shared, &router, &request, &body) {
         Err(reject) => {
             stream.record.reason = reject.reason;
@@ -75,9 +76,11 @@ pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respo
             stream.answer(reject.status, None).await;
             stream.finish(&request, None, b"");
         }
-        Ok((verdict, plan)) => {
+        Ok((verdict, mut plan)) => {
             far = stream.carry_out(&router, &verdict, &plan, &request, body).await;
             stream.finish(&request, Some(&verdict), plan.id.as_bytes());
+            // A tunnel stays in its client's account.
+            _held = plan.held.take();
         }
     }
     worker.metrics.requests_in_flight.dec();
@@ -95,7 +98,7 @@ impl Stream<'_> {
         &mut self,
         router: &Router,
         verdict: &Verdict<'_>,
-        plan: &Plan,
+        plan: &Plan<'_>,
         request: &Request<()>,
         body: RecvStream,
     ) -> Option<(RecvStream, Far)> {
@@ -277,7 +280,7 @@ impl Stream<'_> {
             Some(stream) => Answer::Sending(stream),
             None => Answer::Due(&mut self.respond),
         };
-        (&mut self.timer, Watched { source, answer })
+        (self.timer, Watched { source, answer })
     }
 
     /// Ends the response, with trailers if there are any.
@@ -314,13 +317,13 @@ impl Stream<'_> {
         mut peer: Peer,
         mut answer: Buffer,
     ) -> Result<Option<Peer>, Failure> {
-        let (response, framing, reusable) = response_of(order, &mut answer)?;
+        let (response, framing, reusable, at_hand) = response_of(order, &mut answer)?;
         let status = response.status().as_u16();
         (self.record.status, self.record.upstream_status) = (status, status);
         let bodiless = framing == Framing::None;
         self.send_head(response, bodiless)?;
         if !bodiless {
-            self.relay_http1_body(order, source, framing, &mut peer, &mut answer).await?;
+            self.relay_http1_body(order, source, framing, &mut peer, &mut answer, at_hand).await?;
         }
         Ok((reusable && answer.is_empty() && source.is_done()).then_some(peer))
     }
@@ -332,6 +335,7 @@ impl Stream<'_> {
         framing: Framing,
         peer: &mut Peer,
         answer: &mut Buffer,
+        mut at_hand: Bytes,
     ) -> Result<(), Failure> {
         let mut body = Incoming::new(framing);
         let mut ended = false;
@@ -344,7 +348,10 @@ impl Stream<'_> {
             let trailers = if piece.done { chunked::header_map(body.trailers()) } else { None };
             let last = piece.done && trailers.is_none();
             if piece.data > 0 {
-                let data = Bytes::copy_from_slice(&answer.filled()[..piece.data]);
+                let data = match std::mem::take(&mut at_hand) {
+                    data if data.len() == piece.data && framing != Framing::Chunked => data,
+                    _ => share(&answer.filled()[..piece.data]),
+                };
                 let upload = |cx: &mut Context<'_>| upload_meanwhile(cx, source, peer);
                 self.send_data(data, last, upload).await?;
             }
@@ -479,18 +486,23 @@ fn upload_meanwhile(
 }
 
 /// The HTTP/1 response head in `answer` as HTTP/2 sends it; how its body is
-/// framed; whether the connection can be used again.
-fn response_of(order: &Order<'_>, answer: &mut Buffer) -> Result<(Response<()>, Framing, bool), Failure> {
+/// framed; whether the connection can be used again; and what has come of the
+/// body, which is still in `answer` too.
+fn response_of(
+    order: &Order<'_>,
+    answer: &mut Buffer,
+) -> Result<(Response<()>, Framing, bool, Bytes), Failure> {
     let nonsense = |BadResponse(reason)| Failure::Nonsense(reason);
     let mut room = HeaderRoom::new();
-    let parsed = ResponseHead::parse(answer.filled(), &mut room, order.is_head);
+    let bytes = share(shareable(answer.filled()));
+    let parsed = ResponseHead::parse(&bytes, &mut room, order.is_head);
     let Some(head) = parsed.map_err(nonsense)? else {
         return Err(Failure::Nonsense("malformed response head"));
     };
     if head.status == 101 {
         return Err(Failure::Nonsense("endpoint switched protocols unasked"));
     }
-    let mut response = map::response(&head).map_err(nonsense)?;
+    let mut response = map::response(&head, &bytes).map_err(nonsense)?;
     let headers = response.headers_mut();
     if head.framing == Framing::Chunked || head.framing == Framing::Close {
         headers.remove(header::CONTENT_LENGTH);
@@ -500,5 +512,14 @@ fn response_of(order: &Order<'_>, answer: &mut Buffer) -> Result<(Response<()>, 
     let (framing, reusable, length) = (head.framing, head.keep_alive, head.length);
     drop(head);
     answer.consume(length);
-    Ok((response, framing, reusable))
+    Ok((response, framing, reusable, bytes.slice(length..)))
+}
+
+/// A small answer whole: its body is shared along with its head. Of a larger one the head alone.
+fn shareable(answer: &[u8]) -> &[u8] {
+    const SMALL: usize = 4 << 10;
+    match memchr::memmem::find(answer, b"\r\n\r\n") {
+        Some(end) if answer.len() > SMALL => &answer[..end + 4],
+        _ => answer,
+    }
 }

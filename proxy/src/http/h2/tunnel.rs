@@ -53,7 +53,7 @@ struct Pipe {
 struct Broken;
 
 /// Relays until both directions have ended, one breaks, or neither speaks for too long.
-pub(super) async fn run(shared: &Http2, mut near: Near, mut far: Far, mut timer: Timer) {
+pub(super) async fn run(shared: &Http2, mut near: Near, mut far: Far, timer: &mut Timer) {
     let Http2 { worker, frames, .. } = shared;
     worker.metrics.tunnels_open.inc();
     let (mut up, mut down) = (Pipe::default(), Pipe::default());

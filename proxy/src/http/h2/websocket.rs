@@ -4,6 +4,7 @@
 use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use h2::ext::Protocol;
 use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 
@@ -79,7 +80,8 @@ pub(super) fn switched(
     key: &Key,
 ) -> Result<Option<Response<()>>, Failure> {
     let mut room = HeaderRoom::new();
-    let parsed = ResponseHead::parse(answer.filled(), &mut room, false);
+    let bytes = Bytes::copy_from_slice(answer.filled());
+    let parsed = ResponseHead::parse(&bytes, &mut room, false);
     let Some(head) = parsed.map_err(|BadResponse(reason)| Failure::Nonsense(reason))? else {
         return Err(Failure::Nonsense("malformed response head"));
     };
@@ -96,7 +98,8 @@ pub(super) fn switched(
     if !head.upgrade.is_some_and(|protocol| protocol.eq_ignore_ascii_case(b"websocket")) {
         return Err(Failure::Nonsense("endpoint switched to another protocol"));
     }
-    let mut response = map::response(&head).map_err(|BadResponse(reason)| Failure::Nonsense(reason))?;
+    let mut response =
+        map::response(&head, &bytes).map_err(|BadResponse(reason)| Failure::Nonsense(reason))?;
     *response.status_mut() = StatusCode::OK;
     remove_handshake(response.headers_mut());
     let bucket = order.cookie_lines();

@@ -118,19 +118,34 @@ impl Frames {
     }
 }
 
-/// A connection whose first bytes were read to recognise the protocol.
-pub(super) struct Wire {
-    pub(super) input: Buffer,
-    pub(super) conn: Conn,
-    pub(super) frames: Rc<Frames>,
+/// The bytes of a connection. What the `h2` crate writes, a frame of a response body at
+/// a time, is gathered here, so that all that is ready leaves in one TLS record
+/// and one call: whoever polls the connection calls [`Line::poll_send`] after it.
+pub(super) struct Line {
+    conn: Conn,
+    /// Read to recognise the protocol, and not yet handed on.
+    input: Buffer,
+    output: Buffer,
+    frames: Rc<Frames>,
 }
 
-impl AsyncRead for Wire {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+impl Line {
+    /// Sends what was gathered.
+    pub(super) fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.output.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        while !self.output.is_empty() {
+            match ready!(Pin::new(&mut self.conn).poll_write(cx, self.output.filled()))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                written => self.output.consume(written),
+            }
+        }
+        self.output.release();
+        Pin::new(&mut self.conn).poll_flush(cx)
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.frames.exceeded() {
             // Whoever polls the connection looks at this next.
             return Poll::Pending;
@@ -147,31 +162,68 @@ impl AsyncRead for Wire {
         self.frames.saw(&buf.filled()[before..]);
         Poll::Ready(Ok(()))
     }
+
+    /// Takes what there is room for; sends only when there is none.
+    fn poll_write(&mut self, cx: &mut Context<'_>, bufs: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let wanted = bufs.iter().map(|buf| buf.len()).sum();
+        self.output.acquire();
+        if self.output.room().len() < wanted {
+            ready!(self.poll_send(cx))?;
+            self.output.acquire();
+        }
+        let mut taken = 0;
+        for buf in bufs {
+            let room = self.output.room();
+            let n = buf.len().min(room.len());
+            room[..n].copy_from_slice(&buf[..n]);
+            self.output.advance(n);
+            taken += n;
+        }
+        Poll::Ready(Ok(taken))
+    }
+}
+
+/// A [`Line`] in the hands of the `h2` crate.
+pub(super) struct Wire(pub(super) Rc<RefCell<Line>>);
+
+impl Wire {
+    pub(super) fn new(conn: Conn, input: Buffer, frames: Rc<Frames>) -> Wire {
+        Wire(Rc::new(RefCell::new(Line { conn, input, output: Buffer::new(), frames })))
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.0.borrow_mut().poll_read(cx, buf)
+    }
 }
 
 impl AsyncWrite for Wire {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.conn).poll_write(cx, buf)
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.0.borrow_mut().poll_write(cx, &[io::IoSlice::new(buf)])
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.conn).poll_write_vectored(cx, bufs)
+        self.0.borrow_mut().poll_write(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.conn.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.conn).poll_flush(cx)
+    /// Nothing yet: more may be ready to go with it.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.conn).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut line = self.0.borrow_mut();
+        ready!(line.poll_send(cx))?;
+        Pin::new(&mut line.conn).poll_shutdown(cx)
     }
 }
 
