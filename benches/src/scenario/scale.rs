@@ -52,7 +52,7 @@ pub(super) fn run(bench: &Bench) -> Result<Outcome> {
         ],
         notes: vec![
             "HAProxy has one map file and a backend per host; Lockgate an Ingress, a Service and an \
-                     EndpointSlice per host, in YAML. Nginx takes more than a minute: `--subjects`."
+                     EndpointSlice per host, in JSON, a hundred files of them. Nginx takes more than a minute: `--subjects`."
                 .to_owned(),
         ],
         ..Outcome::default()

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use base64::Engine;
+use serde_json::json;
 
 use super::{Front, HOST, Site, free_address, host};
 
@@ -72,12 +73,15 @@ fn write_hosts(folder: &Path, site: &Site) -> Result<()> {
         text.push_str(&service_documents(&service(last), site.backend));
     }
     for index in 0..last {
+        let name = host(index, task.hosts);
         if task.apart {
-            text.push_str(&service_documents(&service(index), site.backend));
+            json(&mut text, &name, &service(index), site.backend)?;
+        } else {
+            text.push_str(&ingress(&name, &service(index), "", ""));
         }
-        text.push_str(&ingress(&host(index, task.hosts), &service(index), "", ""));
-        if (index + 1) % PER_FILE == 0 {
-            fs::write(folder.join(format!("hosts-{index}.yaml")), &text)?;
+        if (index + 1) % PER_FILE == 0 || (task.apart && index + 1 == last) {
+            let format = if task.apart { "json" } else { "yaml" };
+            fs::write(folder.join(format!("hosts-{index}.{format}")), &text)?;
             text.clear();
         }
     }
@@ -123,6 +127,45 @@ data:
     }
     fs::write(folder.join("rest.yaml"), text)?;
     fs::write(folder.join("bench.yaml"), ingress(HOST, &service(last), tls, ""))?;
+    Ok(())
+}
+
+/// A host with a Service of its own, as an API server writes objects.
+fn json(text: &mut String, host: &str, service: &str, backend: SocketAddr) -> Result<()> {
+    let metadata = |name: String| json!({ "name": name, "namespace": "bench" });
+    let path = |path| {
+        let backend = json!({ "service": { "name": service, "port": { "number": 80 } } });
+        json!({ "path": path, "pathType": "Prefix", "backend": backend })
+    };
+    let mut slice = metadata(format!("{service}-1"));
+    slice["labels"] = json!({ "kubernetes.io/service-name": service });
+    let documents = [
+        json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata(service.to_owned()),
+            "spec": { "ports": [{ "name": "http", "port": 80, "targetPort": backend.port() }] },
+        }),
+        json!({
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": slice,
+            "addressType": "IPv4",
+            "ports": [{ "name": "http", "port": backend.port() }],
+            "endpoints": [{ "addresses": [backend.ip()], "conditions": { "ready": true } }],
+        }),
+        json!({
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "Ingress",
+            "metadata": metadata(host.replace('.', "-")),
+            "spec": { "rules": [
+                { "host": host, "http": { "paths": [path("/api"), path("/static"), path("/")] } },
+            ] },
+        }),
+    ];
+    for document in documents {
+        writeln!(text, "{document}")?;
+    }
     Ok(())
 }
 
