@@ -15,6 +15,10 @@ use crate::translate::{Options, StreamOptions};
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
 use lockgate_proxy::config::{Config, Drain, L4Options, Limits, ProxyProtocol, Timeouts};
 
+mod resilience;
+
+pub use resilience::ResilienceArgs;
+
 const EXAMPLES: &str = "\
 Examples:
   lockgate demo                              see it all work on this machine
@@ -209,6 +213,9 @@ pub struct IngressArgs {
     #[allow(missing_docs)]
     #[command(flatten)]
     pub timeouts: TimeoutArgs,
+    #[allow(missing_docs)]
+    #[command(flatten)]
+    pub resilience: ResilienceArgs,
 }
 
 /// What connections begin with. The names are those of ingress-nginx's ConfigMap and flags.
@@ -302,7 +309,7 @@ pub struct LimitArgs {
     #[arg(long, value_name = "N", default_value_t = 1_000, env = "LOCKGATE_MAX_CONTROL_FRAMES", value_parser = clap::value_parser!(u32).range(16..))]
     pub max_control_frames: u32,
     /// Most endpoints tried for one request
-    #[arg(long, value_name = "N", default_value_t = 3, env = "LOCKGATE_MAX_TRIES", value_parser = clap::value_parser!(u32).range(1..=16))]
+    #[arg(long, alias = "proxy-next-upstream-tries", value_name = "N", default_value_t = 3, env = "LOCKGATE_MAX_TRIES", value_parser = clap::value_parser!(u32).range(1..=16))]
     pub max_tries: u32,
     /// Most clients of one UDP port and worker at a time; the one silent longest makes room
     #[arg(long, value_name = "N", default_value_t = 4096, env = "LOCKGATE_MAX_UDP_FLOWS", value_parser = clap::value_parser!(u32).range(1..))]
@@ -372,6 +379,9 @@ impl IngressArgs {
                 ..defaults.l4
             },
             drain: Drain { grace: self.stop.shutdown_grace_period.0, deadline: self.stop.drain_timeout.0 },
+            retry: self.resilience.retry(),
+            breaker: self.resilience.breaker(),
+            outliers: self.resilience.outliers(),
             ..defaults
         }
     }
@@ -618,6 +628,8 @@ mod tests {
         assert_eq!(format!("{:?}", config.limits), format!("{:?}", defaults.limits));
         assert_eq!(format!("{:?}", config.timeouts), format!("{:?}", defaults.timeouts));
         assert_eq!(format!("{:?}", config.drain), format!("{:?}", defaults.drain));
+        assert_eq!((config.retry, config.breaker), (defaults.retry, defaults.breaker));
+        assert_eq!(config.outliers, defaults.outliers);
         assert_eq!(format!("{:?}", args.folder()), format!("{:?}", FolderOptions::default()));
         assert_eq!(config.workers, defaults.workers);
         assert_eq!(format!("{:?}", config.l4), format!("{:?}", defaults.l4));

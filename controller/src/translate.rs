@@ -20,6 +20,7 @@ mod host;
 mod ingresses;
 mod plan;
 mod pools;
+mod resilience;
 mod settings;
 mod status;
 mod streams;
@@ -203,6 +204,10 @@ impl Translator {
             match outcome.host {
                 Some(host) => put(&mut self.desired.routes.hosts, pattern.clone(), host),
                 None => drop(self.desired.routes.hosts.remove(&pattern)),
+            }
+            match outcome.passthrough {
+                Some(passed) => put(&mut self.desired.routes.passthrough, pattern.clone(), passed),
+                None => drop(self.desired.routes.passthrough.remove(&pattern)),
             }
             let outcome = outcome.found;
             let previous = self.hosts.remove(&pattern).unwrap_or_default();

@@ -23,6 +23,8 @@ struct Output {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     documents: Vec<String>,
     hosts: serde_yaml::Value,
+    #[serde(skip_serializing_if = "is_empty")]
+    passthrough: serde_yaml::Value,
     pools: serde_yaml::Value,
     #[serde(skip_serializing_if = "serde_yaml::Value::is_null")]
     listeners: serde_yaml::Value,
@@ -32,6 +34,10 @@ struct Output {
     default_certificate: Option<String>,
     services: serde_yaml::Value,
     statuses: BTreeMap<String, Vec<String>>,
+}
+
+fn is_empty(value: &serde_yaml::Value) -> bool {
+    value.as_mapping().is_some_and(serde_yaml::Mapping::is_empty)
 }
 
 #[test]
@@ -153,6 +159,7 @@ fn output(documents: Vec<String>, desired: &Desired) -> Output {
     Output {
         documents,
         hosts: serde_yaml::to_value(&routes.hosts).unwrap(),
+        passthrough: serde_yaml::to_value(&routes.passthrough).unwrap(),
         pools: serde_yaml::to_value(&routes.pools).unwrap(),
         listeners: match routes.listeners.is_empty() {
             true => serde_yaml::Value::Null,

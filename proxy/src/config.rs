@@ -8,6 +8,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::access_log::AccessLogConfig;
 use crate::endpoint::Ejection;
+use crate::resilience::{Breaker, Outliers, Retry};
 use crate::tls::TlsOptions;
 
 /// How the proxy runs. Routes are not here: they are published while it runs.
@@ -35,6 +36,12 @@ pub struct Config {
     pub drain: Drain,
     /// When an endpoint that keeps failing is left alone for a while.
     pub ejection: Ejection,
+    /// What is tried again, and how much of it.
+    pub retry: Retry,
+    /// What one endpoint has to do at most. Rules may have their own.
+    pub breaker: Breaker,
+    /// When an endpoint that answers badly is left alone for a while.
+    pub outliers: Outliers,
     /// How TCP and UDP ports are relayed.
     pub l4: L4Options,
     /// Where this process runs (`topology.kubernetes.io/zone` of its node).
@@ -56,6 +63,9 @@ impl Default for Config {
             access_log: None,
             drain: Drain::default(),
             ejection: Ejection::default(),
+            retry: Retry::default(),
+            breaker: Breaker::default(),
+            outliers: Outliers::default(),
             l4: L4Options::default(),
             zone: None,
         }

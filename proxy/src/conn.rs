@@ -1,10 +1,11 @@
 //! One byte stream, plaintext or TLS, towards a client or an endpoint.
 
+use std::future::Future as _;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker, ready};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
 
@@ -35,6 +36,20 @@ impl Conn {
                 if session.wants_read() { tcp.poll_read_ready(cx) } else { Poll::Ready(Ok(())) }
             }
         }
+    }
+
+    /// Ready when the peer has sent something, an end or a reset; true if it
+    /// was a reset, or both directions have ended (`EPOLLHUP`): nobody is there
+    /// to be written to. Asks the reactor, not the kernel.
+    pub(crate) fn poll_hangup(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        let tcp = self.tcp();
+        if ready!(tcp.poll_read_ready(cx)).is_err() {
+            return Poll::Ready(true);
+        }
+        // Known already, so this never waits; what to look for decides which flags it shows.
+        let flags = pin!(tcp.ready(Interest::READABLE | Interest::WRITABLE));
+        let flags = flags.poll(&mut Context::from_waker(Waker::noop()));
+        Poll::Ready(matches!(flags, Poll::Ready(Ok(flags)) if flags.is_write_closed()))
     }
 
     /// Reads into the buffer's room; 0 is the end of the stream. An empty

@@ -91,12 +91,18 @@ pub struct LiveEndpoint {
     failures: AtomicU64,
     /// Milliseconds on the caller's clock; 0 before the first ejection.
     ejected_until: AtomicU64,
+    /// Answers of 502, 503 or 504 in a row; counted only where that ejects.
+    gateway_errors: AtomicU32,
     /// Probes say that it does not work.
     down: AtomicBool,
     /// When it came, or came back, in milliseconds on the caller's clock.
     since: AtomicU64,
     /// How many [`Held`] there are.
     held: AtomicU32,
+    /// Open, idle ones included.
+    connections: AtomicU32,
+    /// Requests that wait for a connection.
+    pending: AtomicU32,
     load: OwnLine<Load>,
 }
 
@@ -122,9 +128,12 @@ impl LiveEndpoint {
             protocol,
             failures: AtomicU64::new(0),
             ejected_until: AtomicU64::new(0),
+            gateway_errors: AtomicU32::new(0),
             down: AtomicBool::new(false),
             since: AtomicU64::new(clock::now_ms()),
             held: AtomicU32::new(0),
+            connections: AtomicU32::new(0),
+            pending: AtomicU32::new(0),
             load: OwnLine::default(),
         }
     }
@@ -178,15 +187,32 @@ impl LiveEndpoint {
     /// this ejected it just now. Back from an ejection it is on probation: the
     /// next failure ejects it again, for twice as long.
     pub fn failed(&self, now_ms: u64, policy: &Ejection) -> bool {
+        if !self.is_available(now_ms) {
+            return false;
+        }
+        let failures = self.failures.fetch_add(1, Relaxed) + 1;
+        policy.consecutive > 0 && failures as u32 >= policy.consecutive && self.eject(now_ms, policy)
+    }
+
+    /// An answer of 502, 503 or 504 (`bad`), or another one. True when it is
+    /// the `limit`th bad one in a row, and for every `limit`th after it.
+    pub(crate) fn gateway_error(&self, bad: bool, limit: u32) -> bool {
+        if bad {
+            return (self.gateway_errors.fetch_add(1, Relaxed) + 1).is_multiple_of(limit);
+        }
+        if self.gateway_errors.load(Relaxed) != 0 {
+            self.gateway_errors.store(0, Relaxed);
+        }
+        false
+    }
+
+    /// Takes it out of the rotation. True when this did it, just now.
+    pub(crate) fn eject(&self, now_ms: u64, policy: &Ejection) -> bool {
         let until = self.ejected_until.load(Relaxed);
         if now_ms < until {
             return false;
         }
-        let failures = self.failures.fetch_add(1, Relaxed) + 1;
-        if policy.consecutive == 0 || (failures as u32) < policy.consecutive {
-            return false;
-        }
-        let doublings = (failures >> 32).min(63) as u32;
+        let doublings = (self.failures.load(Relaxed) >> 32).min(63) as u32;
         let duration = policy.base_ms.checked_shl(doublings).filter(|d| d >> doublings == policy.base_ms);
         let duration = duration.unwrap_or(u64::MAX).min(policy.max_ms);
         // Of workers that fail at the same time one ejects.
@@ -196,6 +222,7 @@ impl LiveEndpoint {
             .is_ok();
         if ejected {
             self.failures.fetch_add(ONE_EJECTION, Relaxed);
+            self.gateway_errors.store(0, Relaxed);
         }
         ejected
     }
@@ -203,6 +230,31 @@ impl LiveEndpoint {
     /// A request starts to occupy it.
     pub fn begin(&self) {
         self.load.0.in_flight.fetch_add(1, Relaxed);
+    }
+
+    /// As [`LiveEndpoint::begin`], unless `limit` of them have begun; 0 is no limit.
+    pub(crate) fn try_begin(&self, limit: u32) -> bool {
+        try_count(&self.load.0.in_flight, limit)
+    }
+
+    /// A connection is about to be opened, unless `limit` of them are; 0 is no limit.
+    pub(crate) fn try_open(&self, limit: u32) -> bool {
+        try_count(&self.connections, limit)
+    }
+
+    /// A connection was closed, or not opened.
+    pub(crate) fn closed(&self) {
+        self.connections.fetch_sub(1, Relaxed);
+    }
+
+    /// A request begins to wait for a connection, unless `limit` of them do; 0 is no limit.
+    pub(crate) fn try_wait(&self, limit: u32) -> bool {
+        try_count(&self.pending, limit)
+    }
+
+    /// It waits no longer.
+    pub(crate) fn waited(&self) {
+        self.pending.fetch_sub(1, Relaxed);
     }
 
     /// A request that began has ended, in whatever way.
@@ -215,6 +267,16 @@ impl LiveEndpoint {
     pub fn in_flight(&self) -> u32 {
         self.load.0.in_flight.load(Relaxed)
     }
+}
+
+/// One more, unless there are `limit` already. Whoever comes too late has counted for a moment:
+/// two that race for the last place may both lose it, but never both have it.
+fn try_count(counter: &AtomicU32, limit: u32) -> bool {
+    if counter.fetch_add(1, Relaxed) < limit || limit == 0 {
+        return true;
+    }
+    counter.fetch_sub(1, Relaxed);
+    false
 }
 
 /// An endpoint held by a worker for its connections' sake, told apart from who names it.

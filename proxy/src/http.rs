@@ -14,6 +14,7 @@ use crate::tls;
 use crate::view::RequestView;
 use crate::worker::Worker;
 
+pub(crate) mod attempts;
 pub(crate) mod chunked;
 pub(crate) mod client;
 pub(crate) mod exchange;
@@ -22,6 +23,8 @@ pub(crate) mod forward;
 pub(crate) mod h1;
 pub(crate) mod h2;
 pub(crate) mod head;
+pub(crate) mod hedge;
+pub(crate) mod kept;
 pub(crate) mod map;
 pub(crate) mod over_h2;
 pub(crate) mod path;

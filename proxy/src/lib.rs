@@ -31,6 +31,7 @@ pub mod metrics;
 mod proxy;
 pub mod proxy_protocol;
 mod relay;
+pub mod resilience;
 pub mod router;
 mod splice;
 pub mod split;

@@ -14,7 +14,7 @@
 //!
 //! | family | series |
 //! |---|---|
-//! | per process (connections, handshakes, rejections, …) | about 65, fixed |
+//! | per process (connections, handshakes, rejections, …) | about 75, fixed |
 //! | per route | at most [`Metrics::MAX_ROUTES`] label sets and one shared by all beyond (its four labels are `other`); each 5 series, and 15 for every status class it has answered with |
 //! | per L4 listener | at most [`Metrics::MAX_LISTENERS`] and one shared by all beyond (`other`); each 10 series |
 //! | certificate expiry | at most [`Metrics::MAX_CERTIFICATES`], those that expire first |
@@ -40,7 +40,9 @@ use prometheus::{Registry, TEXT_FORMAT, TextEncoder};
 
 pub use self::listener::{ListenerSlot, ListenerStats};
 pub use self::route::{Outcome, RouteStats};
-pub use self::worker::{Breach, ConnectionMetrics, Protocol, ProtocolMetrics, Reject, WorkerMetrics};
+pub use self::worker::{
+    Breach, ConnectionMetrics, Limit, Outlier, Protocol, ProtocolMetrics, Reject, WorkerMetrics,
+};
 
 use self::listener::ListenerSet;
 use self::route::RouteSet;

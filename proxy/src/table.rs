@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::certificate::Certificate;
 use crate::proxy_protocol;
+use crate::resilience::Resilience;
 
 mod steering;
 
@@ -229,6 +230,10 @@ pub struct RuleLimits {
     /// Largest request body in bytes, answered 413 beyond; `Some(0)` is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_body: Option<u64>,
+    /// The whole request's deadline, retries, hedging, circuit breaking. Apart,
+    /// as few rules have any of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resilience: Option<Arc<Resilience>>,
     /// What each client may do at most.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub per_client: Option<Arc<ClientLimits>>,

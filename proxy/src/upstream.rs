@@ -12,7 +12,9 @@ use tokio_rustls::TlsConnector;
 
 use crate::conn::Conn;
 use crate::endpoint::{Held, LiveEndpoint};
-use crate::metrics::WorkerMetrics;
+use crate::metrics::{Limit, WorkerMetrics};
+use crate::resilience::Breaker;
+use crate::resilience::outliers::Seen;
 use crate::table::UpstreamProtocol;
 use crate::tls;
 
@@ -34,6 +36,8 @@ pub(crate) struct Upstream {
     pub(crate) live: Held,
     idle: RefCell<Vec<Idle>>,
     pub(crate) h2: h2::Shared,
+    /// How it answered this worker.
+    pub(crate) seen: Seen,
 }
 
 /// A connection to an endpoint, counted as open for as long as it lives.
@@ -52,6 +56,11 @@ impl InFlight {
         upstream.live.begin();
         InFlight(upstream)
     }
+
+    /// A place among the requests under way, of which there may be `limit`; 0 is no limit.
+    pub(crate) fn try_new(upstream: &Rc<Upstream>, limit: u32) -> Option<InFlight> {
+        upstream.live.try_begin(limit).then(|| InFlight(upstream.clone()))
+    }
 }
 
 impl Drop for InFlight {
@@ -62,8 +71,8 @@ impl Drop for InFlight {
 
 impl Peer {
     /// Occupies the endpoint until this connection is idle again, or gone.
-    pub(crate) fn occupy(&mut self, upstream: &Rc<Upstream>) {
-        self.busy = Some(InFlight::new(upstream.clone()));
+    pub(crate) fn occupy(&mut self, busy: InFlight) {
+        self.busy = Some(busy);
     }
 
     fn into_parts(self) -> (Open, Conn) {
@@ -72,19 +81,67 @@ impl Peer {
 }
 
 /// Counts a connection as open.
-struct Open(Arc<WorkerMetrics>);
+struct Open {
+    metrics: Arc<WorkerMetrics>,
+    _place: Place,
+}
 
 impl Open {
-    fn new(metrics: Arc<WorkerMetrics>) -> Open {
+    fn new(metrics: Arc<WorkerMetrics>, place: Place) -> Open {
         metrics.upstream_opened.inc();
         metrics.upstream_open.inc();
-        Open(metrics)
+        Open { metrics, _place: place }
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.0.upstream_open.dec();
+        self.metrics.upstream_open.dec();
+    }
+}
+
+/// A place among an endpoint's connections, from before one is opened until it is closed.
+struct Place(Held);
+
+impl Place {
+    /// `None`: there are `limit`, which is above 0.
+    fn take(upstream: &Upstream, limit: u32) -> Option<Place> {
+        upstream.live.try_open(limit).then(|| Place(upstream.live.clone()))
+    }
+
+    fn unlimited(upstream: &Upstream) -> Place {
+        upstream.live.try_open(0);
+        Place(upstream.live.clone())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.closed();
+    }
+}
+
+/// A request that waits for a connection.
+struct Waiting<'u>(&'u Upstream);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.live.waited();
+    }
+}
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub(crate) enum NoConnection {
+    /// There are enough of them, or enough requests that wait for one.
+    Full(Limit),
+    /// It could not be established.
+    Failed(io::Error),
+}
+
+impl From<io::Error> for NoConnection {
+    fn from(error: io::Error) -> NoConnection {
+        NoConnection::Failed(error)
     }
 }
 
@@ -116,12 +173,15 @@ impl Upstreams {
     }
 
     /// Opens a connection; the caller bounds the time.
-    pub(crate) async fn connect(&self, upstream: &Upstream) -> io::Result<Peer> {
+    pub(crate) async fn connect(&self, upstream: &Upstream, limits: &Breaker) -> Result<Peer, NoConnection> {
+        let _waiting = upstream.wait(limits)?;
+        let place =
+            Place::take(upstream, limits.connections).ok_or(NoConnection::Full(Limit::Connections))?;
         let opened = self.open(upstream).await;
         if opened.is_err() {
             self.metrics.upstream_failed.inc();
         }
-        Ok(Peer { conn: opened?, open: Open::new(self.metrics.clone()), busy: None })
+        Ok(Peer { conn: opened?, open: Open::new(self.metrics.clone(), place), busy: None })
     }
 
     /// As [`Upstreams::connect`], but for bytes that are not ours to understand:
@@ -131,7 +191,8 @@ impl Upstreams {
         if tcp.is_err() {
             self.metrics.upstream_failed.inc();
         }
-        Ok(Peer { conn: Conn::Plain(tcp?), open: Open::new(self.metrics.clone()), busy: None })
+        let place = Place::unlimited(upstream);
+        Ok(Peer { conn: Conn::Plain(tcp?), open: Open::new(self.metrics.clone(), place), busy: None })
     }
 
     async fn open(&self, upstream: &Upstream) -> io::Result<Conn> {
@@ -176,6 +237,16 @@ impl Upstreams {
         upstream.idle.take();
     }
 
+    /// The endpoints this worker has anything to do with.
+    pub(crate) fn all(&self) -> Vec<Rc<Upstream>> {
+        self.by_id.borrow().values().cloned().collect()
+    }
+
+    /// The endpoint of this id, if this worker has anything to do with it.
+    pub(crate) fn known(&self, id: u64) -> Option<Rc<Upstream>> {
+        self.by_id.borrow().get(&id).cloned()
+    }
+
     /// Closes what has been idle too long, and forgets endpoints no table names any more.
     pub(crate) fn sweep(&self, now_ms: u64) {
         self.by_id.borrow_mut().retain(|_, upstream| {
@@ -198,6 +269,19 @@ async fn open_tcp(upstream: &Upstream) -> io::Result<TcpStream> {
 
 impl Upstream {
     fn new(live: Arc<LiveEndpoint>) -> Upstream {
-        Upstream { live: Held::new(live), idle: RefCell::default(), h2: h2::Shared::default() }
+        Upstream {
+            live: Held::new(live),
+            idle: RefCell::default(),
+            h2: h2::Shared::default(),
+            seen: Seen::default(),
+        }
+    }
+
+    /// Joins the requests that wait for a connection, while there is room.
+    fn wait(&self, limits: &Breaker) -> Result<Waiting<'_>, NoConnection> {
+        match self.live.try_wait(limits.pending) {
+            true => Ok(Waiting(self)),
+            false => Err(NoConnection::Full(Limit::Pending)),
+        }
     }
 }

@@ -15,6 +15,9 @@ use crate::clock;
 use crate::config::Config;
 use crate::limit::Limiter;
 use crate::metrics::WorkerMetrics;
+use crate::resilience::budget::Budgets;
+use crate::resilience::delay::Delays;
+use crate::resilience::outliers;
 use crate::router::{Router, RouterCache};
 use crate::tls::Tls;
 use crate::upstream::Upstreams;
@@ -28,6 +31,11 @@ pub(crate) struct Worker {
     pub(crate) config: Arc<Config>,
     pub(crate) metrics: Arc<WorkerMetrics>,
     pub(crate) turns: Turns,
+    /// Those of second and further attempts, which take nobody's turn: of two
+    /// endpoints the bad one would have every first attempt.
+    pub(crate) again: Turns,
+    pub(crate) budgets: Budgets,
+    pub(crate) delays: Delays,
     pub(crate) upstreams: Upstreams,
     pub(crate) tls: Tls,
     pub(crate) limiter: Arc<Limiter>,
@@ -44,6 +52,8 @@ pub(crate) struct Worker {
     drain_idle: Cell<Duration>,
     idle: RefCell<Slab<Waker>>,
     connections: Cell<usize>,
+    /// When endpoints are compared next, in milliseconds of [`clock::now_ms`].
+    compare_at: Cell<u64>,
 }
 
 /// A router as one worker holds it. Its requests count their hold in the `Rc`
@@ -81,6 +91,9 @@ impl Worker {
             config,
             metrics,
             turns: Turns::for_worker(index as u32),
+            again: Turns::for_worker(index as u32),
+            budgets: Budgets::new(clock::now_ms()),
+            delays: Delays::default(),
             tls,
             limiter,
             random: RefCell::new(fastrand::Rng::new()),
@@ -93,6 +106,7 @@ impl Worker {
             drain_idle: Cell::new(DRAIN_IDLE),
             idle: RefCell::default(),
             connections: Cell::new(0),
+            compare_at: Cell::new(clock::now_ms()),
         })
     }
 
@@ -137,7 +151,13 @@ impl Worker {
     /// hands over log lines.
     pub(crate) fn tick(&self) {
         drop(self.router());
-        self.upstreams.sweep(clock::now_ms());
+        let now_ms = clock::now_ms();
+        self.upstreams.sweep(now_ms);
+        self.budgets.turn(now_ms);
+        if self.config.outliers.compares() && now_ms >= self.compare_at.get() {
+            self.compare_at.set(now_ms + self.config.outliers.interval.as_millis() as u64);
+            outliers::compare(self);
+        }
         if let Some(log) = self.log.borrow_mut().as_mut() {
             log.flush();
         }

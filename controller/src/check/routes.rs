@@ -24,6 +24,9 @@ pub(crate) struct Route {
     pub(crate) origin: String,
     /// A certificate of the table covers the host.
     pub(crate) tls: bool,
+    /// TLS goes unopened to endpoints of this pool.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) passthrough: Option<String>,
     /// Plaintext requests are sent to https.
     pub(crate) https_redirect: bool,
     /// What is answered instead of forwarding.
@@ -106,6 +109,7 @@ fn route(table: &RoutingTable, pattern: &HostPattern, rule: &Rule) -> Route {
         path_type: path_type(&rule.path),
         origin: origin_text(&rule.origin),
         tls: certificate_pattern(table, pattern.as_str()).is_some(),
+        passthrough: table.passthrough.get(pattern).map(|passed| passed.pool.0.to_string()),
         https_redirect: rule.https_redirect,
         answer,
         backends: split.map(|split| shares(table, split)).unwrap_or_default(),
@@ -245,6 +249,10 @@ fn targets(route: &Route) -> Vec<(Tone, String)> {
     lines.extend(route.sticky.iter().map(|sticky| (Tone::Faint, sticky.clone())));
     if let Some((_, first)) = lines.first_mut() {
         match (route.tls, route.https_redirect) {
+            (_, true) if route.passthrough.is_some() => {
+                first.push_str("  [tls passed through, http redirected]")
+            }
+            (_, false) if route.passthrough.is_some() => first.push_str("  [tls passed through]"),
             (true, true) => first.push_str("  [tls, http redirected]"),
             (true, false) => first.push_str("  [tls]"),
             (false, true) => first.push_str("  [http redirected]"),

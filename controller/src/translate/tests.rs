@@ -22,7 +22,7 @@ const HOSTS: [&str; 6] = ["a.x", "b.x", "*.x", "", "A.x:80", "10.0.0.1"];
 const PATHS: [&str; 6] = ["/", "/a", "/a/", "/a/b", "", "a"];
 const TYPES: [&str; 4] = ["Prefix", "Exact", "ImplementationSpecific", "prefix"];
 const NAMES: [&str; 5] = ["one", "two", "three", "four", "five"];
-const ANNOTATIONS: [(&str, &str); 14] = [
+const ANNOTATIONS: [(&str, &str); 19] = [
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary-weight", "30"),
@@ -34,8 +34,13 @@ const ANNOTATIONS: [(&str, &str); 14] = [
     ("nginx.ingress.kubernetes.io/backend-protocol", "GRPC"),
     ("nginx.ingress.kubernetes.io/ssl-redirect", "false"),
     ("nginx.ingress.kubernetes.io/auth-url", "http://auth"),
+    ("nginx.ingress.kubernetes.io/limit-rps", "5"),
+    ("nginx.ingress.kubernetes.io/ssl-passthrough", "true"),
     ("nginx.ingress.kubernetes.io/rewrite-target", "/"),
     ("lockgate.io/canary-sticky", "cookie"),
+    ("lockgate.io/request-timeout", "30s"),
+    ("lockgate.io/endpoint-max-requests", "many"),
+    ("nginx.ingress.kubernetes.io/proxy-next-upstream", "error http_503"),
     ("kubernetes.io/ingress.class", "other"),
 ];
 

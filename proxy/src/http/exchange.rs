@@ -15,13 +15,13 @@ use tokio::time::Instant;
 use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
-use crate::metrics::Reject;
 use crate::router::Router;
 use crate::timer::{Late, Timer};
-use crate::upstream::{Peer, Upstream};
+use crate::upstream::{InFlight, NoConnection, Peer, Upstream};
 use crate::worker::Worker;
 
 use super::Forward;
+use super::attempts::{Chosen, Course, Ends, Lost};
 use super::forward::{Delivery, write_response};
 use super::head::{Framing, HeaderRoom};
 use super::record::Record;
@@ -44,8 +44,11 @@ pub(crate) trait Source {
     /// There is more to move, and the endpoint takes it.
     fn is_active(&self) -> bool;
 
-    /// Something was taken from the client that cannot be sent again.
-    fn has_started(&self) -> bool;
+    /// All that was taken from the client can be sent again.
+    fn is_repeatable(&self) -> bool;
+
+    /// The next endpoint gets the body from its beginning.
+    fn rewind(&mut self);
 
     /// Whom an exchange in which nothing moves is waiting for.
     fn awaits(&self) -> Awaits;
@@ -97,6 +100,8 @@ pub(crate) enum Failure {
     Endpoint(&'static str),
     /// It took too long.
     Late,
+    /// The request as a whole took longer than its rule allows.
+    Overdue,
     /// It answered nonsense.
     Nonsense(&'static str),
     /// The client is gone.
@@ -115,6 +120,7 @@ impl Failure {
             Failure::Client => None,
             Failure::Answer(status, reason) => Some((status, reason)),
             Failure::Late => Some((504, "endpoint timed out")),
+            Failure::Overdue => Some((504, "request timed out")),
             Failure::Endpoint(reason) | Failure::Nonsense(reason) => Some((502, reason)),
         }
     }
@@ -138,6 +144,9 @@ pub(crate) struct Order<'r> {
     pub(crate) forward: Forward<'r>,
     pub(crate) idempotent: bool,
     pub(crate) is_head: bool,
+    /// It has no body, not even an empty one, and wants no tunnel.
+    pub(crate) bodiless: bool,
+    pub(crate) ends: Ends,
     answered: Answered,
 }
 
@@ -151,14 +160,17 @@ struct Answered {
 }
 
 impl<'r> Order<'r> {
+    /// An order for a request that began at `started`.
     pub(crate) fn new(
         worker: &'r Worker,
         router: &'r Router,
         forward: Forward<'r>,
         idempotent: bool,
         is_head: bool,
+        started: Instant,
     ) -> Order<'r> {
-        Order { worker, router, forward, idempotent, is_head, answered: Answered::default() }
+        let (ends, answered) = (Ends::of(&forward, started), Answered::default());
+        Order { worker, router, forward, idempotent, is_head, bodiless: false, ends, answered }
     }
 }
 
@@ -174,7 +186,8 @@ impl Order<'_> {
     /// The next endpoint to try.
     pub(crate) fn pick(&self, tried: &[u64]) -> Option<Rc<Upstream>> {
         let pool = self.router.pool(self.forward.split.backends[self.forward.choice.backend].pool);
-        let endpoint = pool.pick_for(&self.forward.steer, &self.worker.turns, clock::now_ms(), tried)?;
+        let turns = if tried.is_empty() { &self.worker.turns } else { &self.worker.again };
+        let endpoint = pool.pick_for(&self.forward.steer, turns, clock::now_ms(), tried)?;
         if pool.measures() {
             self.answered.asked.set(Some((endpoint.live.id, Instant::now())));
         }
@@ -182,7 +195,7 @@ impl Order<'_> {
     }
 
     /// The head of an endpoint's answer is here.
-    pub(crate) fn answered(&self, upstream: &Upstream) {
+    pub(crate) fn remember(&self, upstream: &Upstream) {
         upstream.live.succeeded();
         self.answered.by.set(upstream.live.id);
         if let Some((id, at)) = self.answered.asked.get()
@@ -199,27 +212,19 @@ impl Order<'_> {
         split.cookie_lines(*choice, steer, &rule.path, served, self.router, turns)
     }
 
-    /// Counts a failure against an endpoint.
-    pub(crate) fn failed(&self, upstream: &Upstream) {
-        if upstream.live.failed(clock::now_ms(), &self.worker.config.ejection) {
-            self.worker.metrics.ejections.inc();
-            tracing::warn!(endpoint = %upstream.live.address, "endpoint keeps failing: left alone for a while");
-        }
-    }
-
     pub(crate) fn connect_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.connect_timeout;
-        Instant::now() + own.unwrap_or(self.worker.config.timeouts.connect)
+        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.connect))
     }
 
     pub(crate) fn send_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.send_timeout;
-        Instant::now() + own.unwrap_or(self.worker.config.timeouts.send)
+        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.send))
     }
 
     pub(crate) fn deadline(&self, awaits: Awaits) -> Instant {
         match awaits {
-            Awaits::Client => Instant::now() + self.worker.config.timeouts.client,
+            Awaits::Client => self.bounded(Instant::now() + self.worker.config.timeouts.client),
             Awaits::Room => self.send_deadline(),
             Awaits::Answer => self.read_deadline(),
         }
@@ -227,7 +232,7 @@ impl Order<'_> {
 
     pub(crate) fn read_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.read_timeout;
-        Instant::now() + own.unwrap_or(self.worker.config.timeouts.read)
+        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.read))
     }
 
     /// Tries endpoints until one has answered with a final response head, which
@@ -241,103 +246,139 @@ impl Order<'_> {
         answer: &mut Buffer,
         record: &mut Record,
     ) -> Result<(Rc<Upstream>, Peer), Failure> {
-        let mut tried = SmallVec::<[u64; 4]>::new();
-        let mut last = Failure::Answer(503, "no endpoint");
-        let mut fresh_only = false;
-        for attempt in 0..self.worker.config.limits.tries {
-            let Some(upstream) = self.pick(&tried) else { break };
-            record.retry(attempt, &upstream, self.worker);
-            let idle = if fresh_only { None } else { self.worker.upstreams.checkout(&upstream) };
-            let reused = idle.is_some();
-            let (failure, sent) = match self.connected(timer, &upstream, idle).await {
-                Err(failure) => (failure, false),
-                Ok(mut peer) => {
-                    record.connected = Some(if reused { record.started } else { Instant::now() });
-                    peer.occupy(&upstream);
-                    match self.exchange(timer, source, head, &mut peer.conn, answer, record).await {
-                        Ok(()) => {
-                            self.answered(&upstream);
-                            return Ok((upstream, peer));
+        let mut course = Course::default();
+        let mut chosen = self.first(&mut course, record)?;
+        loop {
+            let Chosen { mut upstream, busy } = chosen;
+            let attempt =
+                self.attempt(timer, source, head, answer, record, &mut course, &mut upstream, busy).await;
+            chosen = match attempt {
+                Ok((peer, status)) => {
+                    self.answered(&upstream, status, record, course.since);
+                    match self.instead(&mut course, &upstream, status, source.is_repeatable(), record) {
+                        None => return Ok((upstream, peer)),
+                        Some(next) => {
+                            self.turn_down(source, &upstream, peer, answer);
+                            next
                         }
-                        Err(failure) => (failure, true),
                     }
                 }
+                Err(lost) => {
+                    self.lost(&mut course, &upstream, record, lost)?;
+                    self.next(&mut course, record)?
+                }
             };
-            let again = !sent || self.idempotent && !source.has_started();
-            match failure {
-                // Most likely closed while idle; that says nothing about the endpoint's health.
-                Failure::Endpoint(_) if reused => {
-                    self.worker.upstreams.discard_idle(&upstream);
-                    fresh_only = true;
-                }
-                Failure::Endpoint(_) | Failure::Late => {
-                    self.failed(&upstream);
-                    tried.push(upstream.live.id);
-                }
-                Failure::Nonsense(_) | Failure::Client | Failure::Answer(..) => return Err(failure),
-            }
-            if !again || sent && matches!(failure, Failure::Late) {
-                return Err(failure);
-            }
-            last = failure;
-        }
-        if let Failure::Answer(503, _) = last {
-            self.worker.metrics.rejected(Reject::NoEndpoint);
-        }
-        Err(last)
-    }
-
-    async fn connected(
-        &self,
-        timer: &mut Timer,
-        upstream: &Upstream,
-        idle: Option<Peer>,
-    ) -> Result<Peer, Failure> {
-        if let Some(peer) = idle {
-            return Ok(peer);
-        }
-        // Boxed, as everything rare: a connection's task is as large as its largest state.
-        let connecting = Box::pin(self.worker.upstreams.connect(upstream));
-        match timer.within(self.connect_deadline(), connecting).await {
-            Ok(Ok(peer)) => Ok(peer),
-            Ok(Err(_)) => Err(Failure::Endpoint("cannot connect to the endpoint")),
-            Err(Late) => {
-                self.worker.metrics.upstream_failed.inc();
-                Err(Failure::Late)
-            }
+            answer.clear();
+            source.rewind();
         }
     }
 
-    /// Sends the request and waits for a final response head. Interim responses
-    /// pass to the client on the way.
-    async fn exchange<S: Source>(
+    /// The answer that has begun in `answer` is not wanted; if it is all there, its connection is as good as before.
+    fn turn_down<S: Source>(&self, source: &S, upstream: &Upstream, peer: Peer, answer: &Buffer) {
+        let mut room = HeaderRoom::new();
+        let Ok(Some(head)) = ResponseHead::parse(answer.filled(), &mut room, self.is_head) else { return };
+        let body = match head.framing {
+            Framing::None => 0,
+            Framing::Length(n) => n,
+            Framing::Chunked | Framing::Close => return,
+        };
+        if source.is_done()
+            && head.keep_alive
+            && (head.length as u64).checked_add(body) == Some(answer.len() as u64)
+        {
+            self.worker.upstreams.keep(upstream, peer, clock::now_ms());
+        }
+    }
+
+    /// One attempt; in `answer` is then a final response head, whose status is returned.
+    async fn attempt<S: Source>(
         &self,
         timer: &mut Timer,
         source: &mut S,
         head: &[u8],
+        answer: &mut Buffer,
+        record: &mut Record,
+        course: &mut Course,
+        upstream: &mut Rc<Upstream>,
+        busy: InFlight,
+    ) -> Result<(Peer, u16), Lost> {
+        self.begin_try();
+        if let Some(delay) = self.hedge_delay(course) {
+            let hedged = self.hedged(timer, source, head, answer, record, course, upstream, busy, delay);
+            return Box::pin(hedged).await;
+        }
+        let (mut peer, reused) = self.connected(timer, upstream, course.fresh_only).await?;
+        let since_start = reused && course.is_first();
+        record.connected = Some(if since_start { record.started } else { Instant::now() });
+        peer.occupy(busy);
+        // A failed write is not the end: the endpoint may have answered before it hung up.
+        let sent = timer.within(self.send_deadline(), peer.conn.send([head, &[], &[]])).await;
+        let answered = match sent {
+            Ok(_) => self.await_head(timer, source, &mut peer.conn, answer, record).await,
+            Err(Late) => Err(self.late()),
+        };
+        match answered {
+            Ok(status) => Ok((peer, status)),
+            Err(failure) => Err(self.lost_on(upstream, course, failure, reused, source.is_repeatable())),
+        }
+    }
+
+    /// What `failure` of a request that was sent means for the next attempt.
+    pub(crate) fn lost_on(
+        &self,
+        upstream: &Upstream,
+        course: &mut Course,
+        failure: Failure,
+        reused: bool,
+        repeatable: bool,
+    ) -> Lost {
+        // Most likely closed while idle; that says nothing about the endpoint's health.
+        let stale = reused && matches!(failure, Failure::Endpoint(_));
+        if stale {
+            self.worker.upstreams.discard_idle(upstream);
+            course.fresh_only = true;
+        }
+        Lost::Failed { failure, sent: true, stale, counts: !stale, repeatable }
+    }
+
+    /// A connection, and whether it was used before.
+    pub(crate) async fn connected(
+        &self,
+        timer: &mut Timer,
+        upstream: &Upstream,
+        fresh_only: bool,
+    ) -> Result<(Peer, bool), Lost> {
+        if !fresh_only && let Some(peer) = self.worker.upstreams.checkout(upstream) {
+            return Ok((peer, true));
+        }
+        // Boxed, as everything rare: a connection's task is as large as its largest state.
+        let connecting = Box::pin(self.worker.upstreams.connect(upstream, self.breaker()));
+        let failure = match timer.within(self.connect_deadline(), connecting).await {
+            Ok(Ok(peer)) => return Ok((peer, false)),
+            Ok(Err(NoConnection::Full(limit))) => return Err(Lost::Full(limit)),
+            Ok(Err(NoConnection::Failed(_))) => Failure::Endpoint("cannot connect to the endpoint"),
+            Err(Late) => {
+                self.worker.metrics.upstream_failed.inc();
+                self.late()
+            }
+        };
+        Err(Lost::Failed { failure, sent: false, stale: false, counts: true, repeatable: true })
+    }
+
+    /// Waits for a final response head and returns its status. Interim
+    /// responses pass to the client on the way.
+    pub(crate) async fn await_head<S: Source>(
+        &self,
+        timer: &mut Timer,
+        source: &mut S,
         endpoint: &mut Conn,
         answer: &mut Buffer,
         record: &mut Record,
-    ) -> Result<(), Failure> {
-        // A failed write is not the end: the endpoint may have answered before it hung up.
-        if let Err(Late) = timer.within(self.send_deadline(), endpoint.send([head, &[], &[]])).await {
-            return Err(Failure::Late);
-        }
+    ) -> Result<u16, Failure> {
         loop {
-            match step(self, timer, source, endpoint, answer).await {
-                Ok(0) if answer.is_empty() => {
-                    return Err(Failure::Endpoint("endpoint closed the connection"));
-                }
-                // Not to be tried again: half a head must not run into that of the next endpoint.
-                Ok(0) | Err(Failure::Endpoint(_)) if !answer.is_empty() => {
-                    return Err(Failure::Nonsense("endpoint closed the connection within a response head"));
-                }
-                read => read?,
-            };
-            record.first_byte.get_or_insert_with(Instant::now);
             while let Some(status) = peek_status(answer.filled(), self.is_head)? {
                 if !(100..200).contains(&status) || status == 101 {
-                    return Ok(());
+                    return Ok(status);
                 }
                 let (interim, length) = interim_head(answer.filled())?;
                 answer.consume(length);
@@ -348,6 +389,17 @@ impl Order<'_> {
             if answer.has_storage() && !answer.make_room(RESPONSE_HEAD_BYTES) {
                 return Err(Failure::Nonsense("response head too large"));
             }
+            match step(self, timer, source, endpoint, answer).await {
+                Ok(0) if answer.is_empty() => {
+                    return Err(Failure::Endpoint("endpoint closed the connection"));
+                }
+                // Not to be taken for an old connection that ended: it has begun to answer.
+                Ok(0) | Err(Failure::Endpoint(_)) if !answer.is_empty() => {
+                    return Err(Failure::Nonsense("endpoint closed the connection within a response head"));
+                }
+                read => read?,
+            };
+            record.first_byte.get_or_insert_with(Instant::now);
         }
     }
 }
@@ -370,6 +422,7 @@ pub(crate) async fn step<S: Source>(
     answer: &mut Buffer,
 ) -> Result<usize, Failure> {
     loop {
+        order.in_time()?;
         let awaits = source.awaits();
         let next = poll_fn(|cx| {
             let uploaded = match source.is_active() {
@@ -397,8 +450,8 @@ pub(crate) async fn step<S: Source>(
             Ok(Step::UploadFailed(error)) => Err(error.into()),
             Ok(Step::Gone) => Err(Failure::Client),
             // The endpoint waits as we do: not its fault.
-            Err(Late) if awaits == Awaits::Client => Err(SLOW_BODY),
-            Err(Late) => Err(Failure::Late),
+            Err(Late) if awaits == Awaits::Client && !order.is_overdue() => Err(SLOW_BODY),
+            Err(Late) => Err(order.late()),
         };
     }
 }
@@ -416,6 +469,9 @@ fn interim_head(bytes: &[u8]) -> Result<(Output, usize), Failure> {
 
 /// Status of a complete response head, without parsing it whole.
 fn peek_status(bytes: &[u8], to_head: bool) -> Result<Option<u16>, Failure> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
     let complete = memchr::memmem::find(bytes, b"\r\n\r\n").is_some();
     if complete && let [b'H', b'T', b'T', b'P', b'/', b'1', b'.', _, b' ', a, b, c, ..] = bytes {
         let digit = |d: &u8| u16::from(d.wrapping_sub(b'0'));

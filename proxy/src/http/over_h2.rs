@@ -14,18 +14,14 @@ use smallvec::SmallVec;
 use tokio::time::Instant;
 
 use crate::buffer::Output;
-use crate::metrics::Reject;
 use crate::timer::{Late, Timer};
-use crate::upstream::Upstream;
 use crate::upstream::h2::{Lease, NotConnected};
+use crate::upstream::{InFlight, Upstream};
 
+use super::attempts::{Chosen, Course, Lost};
 use super::exchange::{Failure, Order, Piece, SLOW_BODY, Source, UploadError};
 use super::forward::put;
 use super::record::Record;
-
-/// Body bytes kept until an endpoint has answered: a stream that was refused
-/// can then be sent again, though its client sent them only once.
-const KEPT: usize = 64 << 10;
 
 /// A response under way; the lease keeps its place on the connection.
 pub(crate) struct Answering {
@@ -49,11 +45,13 @@ enum State {
     Broken,
 }
 
-/// A request body as far as it was taken from the client.
-#[derive(Default)]
+/// A request body as far as it was taken from the client: kept until an
+/// endpoint has answered, so that a stream that was refused can be sent again.
 struct Body {
     kept: SmallVec<[Bytes; 4]>,
     bytes: usize,
+    /// Most bytes that are kept.
+    room: usize,
     end: Option<Option<HeaderMap>>,
     /// Of `kept`, the piece to send next.
     next: usize,
@@ -80,62 +78,75 @@ impl Order<'_> {
         request: &Request<()>,
         record: &mut Record,
     ) -> Result<Answering, Failure> {
-        let mut tried = SmallVec::<[u64; 4]>::new();
-        let mut last = Failure::Answer(503, "no endpoint");
-        let mut body = Body::default();
-        for attempt in 0..self.worker.config.limits.tries {
-            let Some(upstream) = self.pick(&tried) else { break };
-            record.retry(attempt, &upstream, self.worker);
-            let lease = match self.leased(timer, &upstream).await {
-                Ok(lease) => lease,
-                Err((failure, counts)) => {
-                    if counts {
-                        self.failed(&upstream);
+        let mut course = Course::default();
+        let mut chosen = self.first(&mut course, record)?;
+        let mut body = Body::new(self.worker.config.retry.replay_bytes);
+        loop {
+            let Chosen { upstream, busy } = chosen;
+            self.begin_try();
+            let lost = match self.leased(timer, &upstream, busy).await {
+                Err(lost) => lost,
+                Ok(lease) => {
+                    let since_start = lease.reused && course.is_first();
+                    record.connected = Some(if since_start { record.started } else { Instant::now() });
+                    match self.exchange_h2(timer, source, request, lease, body).await {
+                        Ok(mut answering) => {
+                            record.first_byte = Some(Instant::now());
+                            let status = answering.response.status().as_u16();
+                            self.answered(&upstream, status, record, course.since);
+                            let repeatable = !answering.upload.body.forgotten;
+                            match self.instead(&mut course, &upstream, status, repeatable, record) {
+                                None => {
+                                    answering.upload.body.settle();
+                                    return Ok(answering);
+                                }
+                                Some(next) => {
+                                    answering.upload.cancel();
+                                    body = answering.upload.body;
+                                    (chosen, body.next) = (next, 0);
+                                    continue;
+                                }
+                            }
+                        }
+                        Err(broken) => {
+                            body = broken.body;
+                            Lost::Failed {
+                                failure: broken.failure,
+                                sent: broken.processed,
+                                stale: broken.stale || !broken.processed,
+                                counts: broken.processed && !broken.stale,
+                                repeatable: !body.forgotten,
+                            }
+                        }
                     }
-                    tried.push(upstream.live.id);
-                    last = failure;
-                    continue;
                 }
             };
-            record.connected = Some(if lease.reused { record.started } else { Instant::now() });
-            let broken = match self.exchange_h2(timer, source, request, lease, body).await {
-                Ok(answering) => {
-                    record.first_byte = Some(Instant::now());
-                    self.answered(&upstream);
-                    return Ok(answering);
-                }
-                Err(broken) => broken,
-            };
-            if !matches!(broken.failure, Failure::Endpoint(_) | Failure::Late) {
-                return Err(broken.failure);
+            self.lost(&mut course, &upstream, record, lost)?;
+            if body.forgotten {
+                // Nothing was sent this time, but before.
+                return Err(Failure::Endpoint("endpoint broke the stream"));
             }
-            if broken.processed && !broken.stale {
-                self.failed(&upstream);
-                tried.push(upstream.live.id);
-            }
-            let again = !broken.processed || self.idempotent && !matches!(broken.failure, Failure::Late);
-            if !again || broken.body.forgotten {
-                return Err(broken.failure);
-            }
-            (last, body) = (broken.failure, broken.body);
+            chosen = self.next(&mut course, record)?;
             body.next = 0;
         }
-        if let Failure::Answer(503, _) = last {
-            self.worker.metrics.rejected(Reject::NoEndpoint);
-        }
-        Err(last)
     }
 
-    /// The bool of an error: whether it counts against the endpoint.
-    async fn leased(&self, timer: &mut Timer, upstream: &Rc<Upstream>) -> Result<Lease, (Failure, bool)> {
-        let leasing = Box::pin(self.worker.upstreams.lease(upstream));
-        match timer.within(self.connect_deadline(), leasing).await {
-            Ok(Ok(lease)) => Ok(lease),
-            Ok(Err(NotConnected { counts })) => {
-                Err((Failure::Endpoint("cannot connect to the endpoint"), counts))
+    async fn leased(
+        &self,
+        timer: &mut Timer,
+        upstream: &Rc<Upstream>,
+        busy: InFlight,
+    ) -> Result<Lease, Lost> {
+        let leasing = Box::pin(self.worker.upstreams.lease(upstream, self.breaker(), busy));
+        let (failure, counts) = match timer.within(self.connect_deadline(), leasing).await {
+            Ok(Ok(lease)) => return Ok(lease),
+            Ok(Err(NotConnected::Full(limit))) => return Err(Lost::Full(limit)),
+            Ok(Err(NotConnected::Failed { counts })) => {
+                (Failure::Endpoint("cannot connect to the endpoint"), counts)
             }
-            Err(Late) => Err((Failure::Late, true)),
-        }
+            Err(Late) => (self.late(), true),
+        };
+        Err(Lost::Failed { failure, sent: false, stale: false, counts, repeatable: true })
     }
 
     async fn exchange_h2<S: Source>(
@@ -166,11 +177,12 @@ impl Order<'_> {
         let mut upload = Upload { stream, body, pending: Bytes::new(), state };
         loop {
             let next = poll_fn(|cx| poll_answer(cx, source, &mut upload, &mut answer));
-            let failure = match timer.within(self.read_deadline(), next).await {
-                Ok(Ok(Progress::Answer(response))) => {
-                    upload.body.settle();
-                    return Ok(Answering { response, upload, lease });
-                }
+            let waited = match self.in_time() {
+                Ok(()) => timer.within(self.read_deadline(), next).await,
+                Err(_) => Err(Late),
+            };
+            let failure = match waited {
+                Ok(Ok(Progress::Answer(response))) => return Ok(Answering { response, upload, lease }),
                 Ok(Ok(Progress::Moved)) => continue,
                 Ok(Ok(Progress::Interim(response))) => {
                     if source.interim(timer, &interim_head(&response)).await {
@@ -185,11 +197,14 @@ impl Order<'_> {
                     return Err(broken(&error, &lease, upload.body));
                 }
                 Ok(Err(AnswerError::Upload(failure))) => failure,
-                Err(Late) if upload.awaits_client() && source.is_active() => SLOW_BODY,
+                Err(Late) if upload.awaits_client() && source.is_active() && !self.is_overdue() => SLOW_BODY,
                 Err(Late) => {
-                    // Slow or dead: later requests find out on a connection of their own.
-                    lease.retire();
-                    Failure::Late
+                    // Slow or dead: later requests find out on a connection of their own. One
+                    // that was allowed less time than others says less.
+                    if self.ends.next.get().is_none() {
+                        lease.retire();
+                    }
+                    self.late()
                 }
             };
             upload.cancel();
@@ -254,6 +269,10 @@ fn interim_head(response: &Response<()>) -> Output {
 }
 
 impl Body {
+    fn new(room: usize) -> Body {
+        Body { kept: SmallVec::new(), bytes: 0, room, end: None, next: 0, forgotten: false }
+    }
+
     fn is_untouched(&self) -> bool {
         self.kept.is_empty() && self.end.is_none() && !self.forgotten
     }
@@ -277,7 +296,7 @@ impl Body {
                 self.bytes += data.len();
                 self.kept.push(data.clone());
                 self.next += 1;
-                if self.bytes > KEPT {
+                if self.bytes > self.room {
                     self.settle();
                 }
             }
@@ -401,11 +420,15 @@ pub(crate) async fn next_frame<S: Source>(
             }
             source.poll_gone(cx).map(|()| Err(Failure::Client))
         });
-        let failure = match timer.within(order.read_deadline(), next).await {
+        let waited = match order.in_time() {
+            Ok(()) => timer.within(order.read_deadline(), next).await,
+            Err(_) => Err(Late),
+        };
+        let failure = match waited {
             Ok(Ok(Some(frame))) => return Ok(frame),
             Ok(Ok(None)) => continue,
             Ok(Err(failure)) => failure,
-            Err(Late) => Failure::Late,
+            Err(Late) => order.late(),
         };
         upload.cancel();
         return Err(failure);

@@ -48,6 +48,7 @@ impl Record {
         }
         self.retries = attempt;
         self.upstream = Some(upstream.live.address);
+        self.first_byte = None;
     }
 
     fn since_start(&self, at: Option<Instant>) -> u64 {

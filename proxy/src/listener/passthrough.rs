@@ -18,7 +18,7 @@ use crate::conn::Conn;
 use crate::http::tunnel;
 use crate::proxy_protocol::{self, Version};
 use crate::timer::Timer;
-use crate::upstream::{Peer, Upstream};
+use crate::upstream::{InFlight, Peer, Upstream};
 use crate::worker::Worker;
 
 /// The name in the ClientHello, if it is one that is passed through. `None`:
@@ -68,7 +68,7 @@ async fn reach(worker: &Worker, name: &str) -> Option<(Peer, Option<Version>)> {
         match timeout(patience, worker.upstreams.connect_tcp(&upstream)).await {
             Ok(Ok(mut peer)) => {
                 upstream.live.succeeded();
-                peer.occupy(&upstream);
+                peer.occupy(InFlight::new(upstream.clone()));
                 return Some((peer, version));
             }
             failed => {
@@ -90,6 +90,6 @@ fn pick(worker: &Worker, name: &str, tried: &[u64]) -> Option<(Rc<Upstream>, Opt
     let router = worker.router();
     let route = router.passthrough(name)?;
     let endpoint = router.pool(route.pool).pick(&worker.turns, clock::now_ms(), tried)?;
-    let patience = route.connect_timeout.unwrap_or(worker.config.timeouts.connect);
-    Some((worker.upstreams.of(&endpoint.live), route.proxy_protocol, patience))
+    let patience = route.desired.connect_timeout.unwrap_or(worker.config.timeouts.connect);
+    Some((worker.upstreams.of(&endpoint.live), route.desired.proxy_protocol, patience))
 }

@@ -53,8 +53,18 @@ pub struct WorkerMetrics {
     pub upstream_open: Gauge,
     /// Requests sent once more, to the same or another endpoint.
     pub retries: Counter,
+    /// Times a request was not sent once more because the retry budget was used up.
+    pub budget_exhausted: Counter,
+    /// Second copies sent of requests that took long.
+    pub hedges: Counter,
+    /// Of those, the ones that answered first.
+    pub hedges_won: Counter,
     /// Times an endpoint was taken out of balancing for failing.
     pub ejections: Counter,
+    /// Times one was for how it answered, see [`WorkerMetrics::ejected`].
+    outliers: [Counter; Outlier::ALL.len()],
+    /// Times a full endpoint was passed over, see [`WorkerMetrics::passed_over`].
+    full: [Counter; Limit::ALL.len()],
 
     /// Connections that switched protocols (WebSocket and other upgrades, CONNECT).
     pub upgrades: Counter,
@@ -79,6 +89,16 @@ impl WorkerMetrics {
     /// Counts a request the proxy answered itself, besides [`WorkerMetrics::answered`].
     pub fn rejected(&self, reason: Reject) {
         self.rejects[reason as usize].inc();
+    }
+
+    /// Counts an endpoint taken out of balancing for how it answers.
+    pub fn ejected(&self, why: Outlier) {
+        self.outliers[why as usize].inc();
+    }
+
+    /// Counts an endpoint that was not asked because it has enough to do.
+    pub fn passed_over(&self, limit: Limit) {
+        self.full[limit as usize].inc();
     }
 
     /// Counts an HTTP/2 connection or stream that was ended for what its client did.
@@ -196,6 +216,8 @@ pub enum Reject {
     NoRoute,
     /// No endpoint to send it to (503).
     NoEndpoint,
+    /// Every endpoint has enough to do (503).
+    EndpointsFull,
     /// The client sends faster than the rule allows (503, or as configured).
     RateLimited,
     /// The client has as many requests under way as the rule allows (503, or as configured).
@@ -204,7 +226,7 @@ pub enum Reject {
 
 impl Reject {
     /// Every reason, in the order of its number.
-    pub const ALL: [Reject; 10] = [
+    pub const ALL: [Reject; 11] = [
         Reject::BadRequest,
         Reject::HeaderTimeout,
         Reject::HeaderTooLarge,
@@ -213,6 +235,7 @@ impl Reject {
         Reject::Misdirected,
         Reject::NoRoute,
         Reject::NoEndpoint,
+        Reject::EndpointsFull,
         Reject::RateLimited,
         Reject::TooManyRequests,
     ];
@@ -228,8 +251,59 @@ impl Reject {
             Reject::Misdirected => "misdirected",
             Reject::NoRoute => "no_route",
             Reject::NoEndpoint => "no_endpoint",
+            Reject::EndpointsFull => "endpoints_full",
             Reject::RateLimited => "rate_limited",
             Reject::TooManyRequests => "too_many_requests",
+        }
+    }
+}
+
+/// What about its answers took an endpoint out of balancing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outlier {
+    /// Answers of 502, 503 or 504 in a row.
+    GatewayErrors,
+    /// Fewer good answers than its neighbours.
+    SuccessRate,
+    /// Later answers than its neighbours.
+    Latency,
+}
+
+impl Outlier {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Outlier; 3] = [Outlier::GatewayErrors, Outlier::SuccessRate, Outlier::Latency];
+
+    /// As metrics and logs show it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Outlier::GatewayErrors => "gateway_errors",
+            Outlier::SuccessRate => "success_rate",
+            Outlier::Latency => "latency",
+        }
+    }
+}
+
+/// What an endpoint had enough of ([`crate::resilience::Breaker`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Limit {
+    /// Connections.
+    Connections,
+    /// Requests that wait for one.
+    Pending,
+    /// Requests under way.
+    Requests,
+}
+
+impl Limit {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Limit; 3] = [Limit::Connections, Limit::Pending, Limit::Requests];
+
+    /// As metrics show it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Limit::Connections => "connections",
+            Limit::Pending => "pending",
+            Limit::Requests => "requests",
         }
     }
 }
@@ -264,6 +338,11 @@ macro_rules! count {
 }
 macro_rules! level {
     ($($field:tt)+) => { |w| Value::Gauge(w.$($field)+.value()) };
+}
+macro_rules! one_of {
+    ($kind:ident::$which:ident in $field:ident) => {
+        (&[$kind::$which.as_str()], |w| Value::Counter(w.$field[$kind::$which as usize].value()))
+    };
 }
 macro_rules! reject {
     ($reason:ident) => {
@@ -361,6 +440,7 @@ const FAMILIES: &[Family] = &[
             reject!(Misdirected),
             reject!(NoRoute),
             reject!(NoEndpoint),
+            reject!(EndpointsFull),
             reject!(RateLimited),
             reject!(TooManyRequests),
         ],
@@ -410,6 +490,38 @@ const FAMILIES: &[Family] = &[
         help: "Requests sent once more.",
         labels: &[],
         series: &[(&[], count!(retries))],
+    },
+    Family {
+        name: "lockgate_retry_budget_exhausted_total",
+        help: "Requests not sent once more because the retry budget was used up.",
+        labels: &[],
+        series: &[(&[], count!(budget_exhausted))],
+    },
+    Family {
+        name: "lockgate_hedges_total",
+        help: "Second copies of requests that took long: sent, and those of them that answered first.",
+        labels: &["result"],
+        series: &[(&["sent"], count!(hedges)), (&["won"], count!(hedges_won))],
+    },
+    Family {
+        name: "lockgate_endpoint_full_total",
+        help: "Times an endpoint was not asked because it was at a limit.",
+        labels: &["limit"],
+        series: &[
+            one_of!(Limit::Connections in full),
+            one_of!(Limit::Pending in full),
+            one_of!(Limit::Requests in full),
+        ],
+    },
+    Family {
+        name: "lockgate_outlier_ejections_total",
+        help: "Times an endpoint was taken out of balancing for how it answers.",
+        labels: &["reason"],
+        series: &[
+            one_of!(Outlier::GatewayErrors in outliers),
+            one_of!(Outlier::SuccessRate in outliers),
+            one_of!(Outlier::Latency in outliers),
+        ],
     },
     Family {
         name: "lockgate_endpoint_ejections_total",

@@ -1,16 +1,15 @@
 //! A persistent map from host names: 1,024 ways by the upper bits of a hash,
-//! then an open-addressed table by its lower bits, shared between generations.
+//! each an open-addressed table by its lower bits, shared between generations.
 //!
-//! Both levels are small enough to stay in the cache. What a slot points at is
-//! one piece of memory: the value, bytes that go with it, and the name. So at
-//! any number of hosts a lookup waits for memory about once. An edit copies the
-//! upper level and one table: a thousandth of the names.
+//! An entry is one line of the cache and has name and value in it; entries lie
+//! side by side, because how long a lookup takes among many is a matter of how
+//! many lines and pages it touches. Bytes that go with a value lie in one array
+//! per way. An edit copies one way: a thousandth of the names.
 
 use std::hash::{BuildHasher, Hasher};
 use std::sync::Arc;
 
 use foldhash::quality::RandomState;
-use triomphe::ThinArc;
 
 use crate::table::HostPattern;
 
@@ -20,69 +19,28 @@ use crate::table::HostPattern;
 pub(super) struct ByHost<V> {
     exact: HostMap<V>,
     wildcard: HostMap<V>,
-    any: Option<Entry<V>>,
+    any: Option<(V, Arc<[u8]>)>,
 }
 
-/// A value, bytes that go with it, and the name it is found by.
+/// What a name stands for.
 #[derive(Debug)]
-pub(super) struct Entry<V>(ThinArc<Head<V>, u8>);
-
-/// Behind it the bytes, then the name: so the bytes are at a distance that is
-/// known before the memory has answered.
-#[derive(Debug)]
-struct Head<V> {
-    value: V,
-    bytes: u32,
-}
-
-impl<V> Entry<V> {
-    fn new(value: V, bytes: &[u8], name: &str) -> Entry<V> {
-        let head = Head { value, bytes: bytes.len() as u32 };
-        Entry(ThinArc::from_header_and_slice(head, &[bytes, name.as_bytes()].concat()))
-    }
-
-    pub(super) fn value(&self) -> &V {
-        &self.0.header.header.value
-    }
-
+pub(super) struct Entry<'m, V> {
+    pub(super) value: &'m V,
     /// What was inserted with the value.
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.0.slice[..self.0.header.header.bytes as usize]
-    }
-
-    /// Asks the memory for all of a small entry at once: what is read next
-    /// depends on what is read before, and would be asked for one by one.
-    fn touch(&self) {
-        let slice = &self.0.slice;
-        for line in [64, 128, 192] {
-            std::hint::black_box(slice.get(line).copied());
-        }
-    }
-
-    fn is(&self, name: &str) -> bool {
-        self.0.slice[self.0.header.header.bytes as usize..] == *name.as_bytes()
-    }
-}
-
-impl<V> Clone for Entry<V> {
-    fn clone(&self) -> Entry<V> {
-        Entry(self.0.clone())
-    }
+    pub(super) bytes: &'m [u8],
 }
 
 impl<V> ByHost<V> {
     /// The most precise value for `host`: itself, its first label replaced by
     /// `*`, any host.
-    pub(super) fn find(&self, host: &str) -> Option<&Entry<V>> {
-        let suffix = || host.split_once('.').filter(|(label, _)| !label.is_empty()).map(|(_, rest)| rest);
-        let found = self.exact.get(host).or_else(|| self.wildcard.get(suffix()?));
-        found.or(self.any.as_ref())
+    pub(super) fn find(&self, host: &str) -> Option<Entry<'_, V>> {
+        self.find_named(host).map(|(entry, _)| entry).or_else(|| self.any())
     }
 
     /// The same without the one for any host; `true`: of `host` itself.
-    pub(super) fn find_named(&self, host: &str) -> Option<(&Entry<V>, bool)> {
+    pub(super) fn find_named(&self, host: &str) -> Option<(Entry<'_, V>, bool)> {
         let suffix = || host.split_once('.').filter(|(label, _)| !label.is_empty()).map(|(_, rest)| rest);
-        let exact = self.exact.get(host).map(|value| (value, true));
+        let exact = self.exact.get(host).map(|entry| (entry, true));
         exact.or_else(|| Some((self.wildcard.get(suffix()?)?, false)))
     }
 
@@ -92,19 +50,25 @@ impl<V> ByHost<V> {
     }
 
     /// The value of the pattern itself.
-    pub(super) fn get(&self, pattern: &HostPattern) -> Option<&Entry<V>> {
+    pub(super) fn get(&self, pattern: &HostPattern) -> Option<Entry<'_, V>> {
         match Place::of(pattern) {
             Place::Exact(name) => self.exact.get(name),
             Place::Wildcard(suffix) => self.wildcard.get(suffix),
-            Place::Any => self.any.as_ref(),
+            Place::Any => self.any(),
         }
     }
 
+    fn any(&self) -> Option<Entry<'_, V>> {
+        self.any.as_ref().map(|(value, bytes)| Entry { value, bytes })
+    }
+}
+
+impl<V: Clone> ByHost<V> {
     pub(super) fn insert(&mut self, pattern: &HostPattern, value: V, bytes: &[u8]) {
         match Place::of(pattern) {
-            Place::Exact(name) => self.exact.insert(name, Entry::new(value, bytes, name)),
-            Place::Wildcard(suffix) => self.wildcard.insert(suffix, Entry::new(value, bytes, suffix)),
-            Place::Any => self.any = Some(Entry::new(value, bytes, "")),
+            Place::Exact(name) => self.exact.insert(name, value, bytes),
+            Place::Wildcard(suffix) => self.wildcard.insert(suffix, value, bytes),
+            Place::Any => self.any = Some((value, bytes.into())),
         }
     }
 
@@ -138,43 +102,15 @@ impl Place<'_> {
     }
 }
 
-/// Tables by the upper bits of the hash.
 const WAYS: usize = 1024;
 
-type Root<V> = [Table<V>; WAYS];
+type Root<V> = [Way<V>; WAYS];
 
 #[derive(Debug)]
 struct HostMap<V> {
     root: Option<Arc<Root<V>>>,
-    /// Seeded once and handed down: all generations agree, strangers cannot aim at a table.
+    /// Seeded once and handed down: all generations agree, strangers cannot aim at a way.
     hasher: RandomState,
-}
-
-/// Linear probing, with two thirds to four fifths of the slots taken, or no
-/// slots at all: fewer pages of memory matter more than shorter searches.
-#[derive(Debug)]
-struct Table<V> {
-    slots: Arc<[Option<Slot<V>>]>,
-    len: u32,
-}
-
-/// A quarter of a cache line.
-#[derive(Debug)]
-struct Slot<V> {
-    hash: u64,
-    entry: Entry<V>,
-}
-
-impl<V> Clone for Slot<V> {
-    fn clone(&self) -> Slot<V> {
-        Slot { hash: self.hash, entry: self.entry.clone() }
-    }
-}
-
-impl<V> Clone for Table<V> {
-    fn clone(&self) -> Table<V> {
-        Table { slots: self.slots.clone(), len: self.len }
-    }
 }
 
 impl<V> Default for HostMap<V> {
@@ -190,9 +126,9 @@ impl<V> Clone for HostMap<V> {
 }
 
 impl<V> HostMap<V> {
-    fn get(&self, name: &str) -> Option<&Entry<V>> {
+    fn get(&self, name: &str) -> Option<Entry<'_, V>> {
         let hash = self.hash(name);
-        self.root.as_ref()?[way(hash)].get(hash, name)
+        self.root.as_ref()?[way(hash)].get(hash as u32, name)
     }
 
     fn hash(&self, name: &str) -> u64 {
@@ -202,18 +138,21 @@ impl<V> HostMap<V> {
     }
 }
 
-impl<V> HostMap<V> {
-    fn insert(&mut self, name: &str, entry: Entry<V>) {
+impl<V: Clone> HostMap<V> {
+    fn insert(&mut self, name: &str, value: V, bytes: &[u8]) {
         let hash = self.hash(name);
         let root = self.root.get_or_insert_with(|| {
-            let empty = Table::with_room_for(0);
+            let empty = Way::with_room_for(0, 0);
             Arc::new(std::array::from_fn(|_| empty.clone()))
         });
-        let table = &mut Arc::make_mut(root)[way(hash)];
-        if table.get(hash, name).is_none() && (table.len as usize + 1) * 5 > table.slots.len() * 4 {
-            *table = table.rebuilt(table.len as usize + 1, None);
+        let way = &mut Arc::make_mut(root)[way(hash)];
+        let known = way.get(hash as u32, name).is_some();
+        // What is replaced leaves its bytes behind: not for long.
+        if known || !way.has_room_for(bytes.len()) {
+            let more = if known { bytes.len() } else { bytes.len() + way.used / 4 };
+            *way = way.rebuilt(way.len + usize::from(!known), more, hash as u32, name);
         }
-        table.put(Slot { hash, entry }, name);
+        way.put(Slot { hash: hash as u32, at: 0, name: Name::new(name), value }, bytes);
     }
 
     fn remove(&mut self, name: &str) {
@@ -222,70 +161,161 @@ impl<V> HostMap<V> {
         }
         let hash = self.hash(name);
         let Some(root) = &mut self.root else { return };
-        let table = &mut Arc::make_mut(root)[way(hash)];
+        let way = &mut Arc::make_mut(root)[way(hash)];
         // Rebuilt, because a gap would end the search for names behind it.
-        *table = table.rebuilt(table.len as usize - 1, Some(name));
+        *way = way.rebuilt(way.len - 1, 0, hash as u32, name);
     }
 }
 
-impl<V> Table<V> {
-    fn with_room_for(len: usize) -> Table<V> {
-        let slots = if len == 0 { 0 } else { len * 3 / 2 + 1 };
-        Table { slots: std::iter::repeat_with(|| None).take(slots).collect(), len: 0 }
+/// Linear probing, with two thirds to four fifths of the slots taken, or no
+/// slots at all: fewer pages of memory matter more than shorter searches.
+#[derive(Debug)]
+struct Way<V> {
+    slots: Arc<[Option<Slot<V>>]>,
+    len: usize,
+    /// What goes with the values, each behind its length in 4 bytes.
+    bytes: Arc<[u8]>,
+    used: usize,
+}
+
+/// With the values of the router exactly one cache line.
+#[derive(Clone, Debug)]
+#[repr(align(64))]
+struct Slot<V> {
+    /// Lower half of the hash.
+    hash: u32,
+    /// Where its bytes are in those of the way, or `NONE`. A way is a
+    /// thousandth of a table, so 4 GiB are plenty.
+    at: u32,
+    value: V,
+    name: Name,
+}
+
+const NONE: u32 = u32::MAX;
+
+/// A name that, unless it is long, needs no look elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Name {
+    Short { len: u8, bytes: [u8; 30] },
+    Long(Box<str>),
+}
+
+impl Name {
+    fn new(name: &str) -> Name {
+        let mut bytes = [0; 30];
+        match bytes.get_mut(..name.len()) {
+            Some(short) => {
+                short.copy_from_slice(name.as_bytes());
+                Name::Short { len: name.len() as u8, bytes }
+            }
+            None => Name::Long(name.into()),
+        }
     }
 
-    fn get(&self, hash: u64, name: &str) -> Option<&Entry<V>> {
+    fn is(&self, name: &str) -> bool {
+        match self {
+            Name::Short { len, bytes } => bytes[..usize::from(*len)] == *name.as_bytes(),
+            Name::Long(long) => **long == *name,
+        }
+    }
+}
+
+impl<V> Clone for Way<V> {
+    fn clone(&self) -> Way<V> {
+        Way { slots: self.slots.clone(), len: self.len, bytes: self.bytes.clone(), used: self.used }
+    }
+}
+
+impl<V> Way<V> {
+    fn with_room_for(len: usize, bytes: usize) -> Way<V> {
+        let slots = if len == 0 { 0 } else { len * 3 / 2 + 1 };
+        let slots = std::iter::repeat_with(|| None).take(slots).collect();
+        Way { slots, len: 0, bytes: vec![0; bytes].into(), used: 0 }
+    }
+
+    fn has_room_for(&self, bytes: usize) -> bool {
+        let fits = bytes == 0 || self.used + LENGTH + bytes <= self.bytes.len();
+        fits && (self.len + 1) * 5 <= self.slots.len() * 4
+    }
+
+    fn get(&self, hash: u32, name: &str) -> Option<Entry<'_, V>> {
         let mut at = home(hash, self.slots.len());
         loop {
             // Ends at an empty slot, of which there is one, or at once if there are no slots.
             let slot = self.slots.get(at)?.as_ref()?;
-            if slot.hash == hash {
-                slot.entry.touch();
-                if slot.entry.is(name) {
-                    return Some(&slot.entry);
-                }
+            if slot.hash == hash && slot.name.is(name) {
+                return Some(Entry { value: &slot.value, bytes: self.bytes(slot) });
             }
             at = next(at, self.slots.len());
         }
     }
 
-    /// There must be room, or an entry of the same name to take the place of.
-    fn put(&mut self, slot: Slot<V>, name: &str) {
+    fn bytes(&self, slot: &Slot<V>) -> &[u8] {
+        if slot.at == NONE {
+            return &[];
+        }
+        let bytes = &self.bytes[slot.at as usize..];
+        // All of a few lines at once: what is read next depends on what is read
+        // before, and would be asked of the memory line by line.
+        for line in [64, 128, 192] {
+            std::hint::black_box(bytes.get(line).copied());
+        }
+        part(bytes)
+    }
+}
+
+impl<V: Clone> Way<V> {
+    /// There must be room, and no entry of the same name.
+    fn put(&mut self, mut slot: Slot<V>, bytes: &[u8]) {
+        slot.at = NONE;
+        if !bytes.is_empty() {
+            slot.at = self.used as u32;
+            let (length, rest) = Arc::make_mut(&mut self.bytes)[self.used..].split_at_mut(LENGTH);
+            length.copy_from_slice(&(bytes.len() as u32).to_le_bytes());
+            rest[..bytes.len()].copy_from_slice(bytes);
+            self.used += LENGTH + bytes.len();
+        }
         let slots = Arc::make_mut(&mut self.slots);
         let mut at = home(slot.hash, slots.len());
-        while slots[at].as_ref().is_some_and(|s| s.hash != slot.hash || !s.entry.is(name)) {
+        while slots[at].is_some() {
             at = next(at, slots.len());
         }
-        self.len += u32::from(slots[at].is_none());
         slots[at] = Some(slot);
+        self.len += 1;
     }
 
-    /// The entries but the one named `without`, in a table with room for `len`.
-    fn rebuilt(&self, len: usize, without: Option<&str>) -> Table<V> {
-        let mut table = Table::with_room_for(len);
-        let slots = Arc::make_mut(&mut table.slots);
-        for slot in self.slots.iter().flatten() {
-            if without.is_some_and(|name| slot.entry.is(name)) {
-                continue;
-            }
-            let mut at = home(slot.hash, slots.len());
-            while slots[at].is_some() {
-                at = next(at, slots.len());
-            }
-            slots[at] = Some(slot.clone());
-            table.len += 1;
-        }
-        table
+    /// The entries but the one of this hash and name, with room for `len` of
+    /// them, and for an entry of `more` bytes.
+    fn rebuilt(&self, len: usize, more: usize, hash: u32, name: &str) -> Way<V> {
+        let kept = || self.slots.iter().flatten().filter(|slot| slot.hash != hash || !slot.name.is(name));
+        let bytes: usize = kept().map(|slot| record(self.bytes(slot).len())).sum();
+        let mut way = Way::with_room_for(len, bytes + record(more));
+        kept().for_each(|slot| way.put(slot.clone(), self.bytes(slot)));
+        way
     }
+}
+
+/// Bytes before those of a value.
+const LENGTH: usize = 4;
+
+/// What `bytes` of them take.
+fn record(bytes: usize) -> usize {
+    if bytes == 0 { 0 } else { LENGTH + bytes }
+}
+
+/// The front of `record`, as long as its first bytes say.
+fn part(record: &[u8]) -> &[u8] {
+    let (length, rest) = record.split_first_chunk().unwrap_or((&[0; LENGTH], &[]));
+    &rest[..u32::from_le_bytes(*length) as usize]
 }
 
 fn way(hash: u64) -> usize {
     (hash >> 54) as usize
 }
 
-/// Where the search for a hash begins: its lower half, scaled to the slots.
-fn home(hash: u64, slots: usize) -> usize {
-    (((hash & 0xffff_ffff) * slots as u64) >> 32) as usize
+/// Where the search for a hash begins: scaled to the slots.
+fn home(hash: u32, slots: usize) -> usize {
+    ((u64::from(hash) * slots as u64) >> 32) as usize
 }
 
 fn next(at: usize, slots: usize) -> usize {
@@ -320,12 +350,12 @@ mod tests {
             ("*.a.example", "*.a.example"),
         ];
         for (host, expected) in cases {
-            let found = map.find(host).map(|entry| (*entry.value(), entry.bytes()));
+            let found = map.find(host).map(|entry| (*entry.value, entry.bytes));
             assert_eq!(found, Some((expected, expected.as_bytes())), "{host}");
         }
         for pattern in patterns {
             let pattern = HostPattern::new(pattern);
-            assert_eq!(map.get(&pattern).map(Entry::value), Some(&pattern.as_str()));
+            assert_eq!(map.get(&pattern).map(|entry| *entry.value), Some(pattern.as_str()));
             map.remove(&pattern);
             assert!(map.get(&pattern).is_none());
         }
@@ -333,7 +363,7 @@ mod tests {
     }
 
     fn value_in<V: Copy>(map: &HostMap<V>, name: &str) -> Option<V> {
-        map.get(name).map(|entry| *entry.value())
+        map.get(name).map(|entry| *entry.value)
     }
 
     #[test]
@@ -345,7 +375,7 @@ mod tests {
                 let name = format!("h{}.example", random.u32(0..300));
                 let (before, expected) = (map.clone(), model.get(&name).copied());
                 if random.bool() {
-                    map.insert(&name, Entry::new(step, &vec![7; step % 70], &name));
+                    map.insert(&name, step, &vec![step as u8; step % 70]);
                     model.insert(name.clone(), step);
                 } else {
                     map.remove(&name);
@@ -362,8 +392,27 @@ mod tests {
     }
 
     #[test]
-    fn four_slots_fit_one_cache_line() {
-        assert_eq!(size_of::<Option<Slot<Arc<[u8]>>>>(), 16);
+    fn bytes_stay_with_their_name() {
+        let mut map = HostMap::default();
+        for round in 0..3_u8 {
+            for n in 0..5_000_usize {
+                map.insert(&n.to_string(), n, &vec![round; n % 300]);
+            }
+        }
+        for n in 0..5_000 {
+            let entry = map.get(&n.to_string()).unwrap();
+            assert_eq!((*entry.value, entry.bytes), (n, vec![2; n % 300].as_slice()));
+        }
+        let used = map.root.iter().flat_map(|root| root.iter()).map(|way| way.used);
+        // Nothing of what was replaced.
+        let expected: usize = (0..5_000).map(|n| record(n % 300)).sum();
+        assert_eq!(used.sum::<usize>(), expected);
+    }
+
+    #[test]
+    fn a_slot_of_the_router_is_one_cache_line() {
+        type Slots = Option<Slot<(Arc<[u8]>, Option<Arc<()>>)>>;
+        assert_eq!((size_of::<Slots>(), align_of::<Slots>()), (64, 64));
     }
 
     #[test]
@@ -371,7 +420,7 @@ mod tests {
         let mut map = HostMap::default();
         for len in [0, 1, 63, 64, 253, 1_000] {
             let name = "x".repeat(len);
-            map.insert(&name, Entry::new(len, b"bytes", &name));
+            map.insert(&name, len, b"bytes");
         }
         for len in [0, 1, 63, 64, 253, 1_000] {
             assert_eq!(value_in(&map, &"x".repeat(len)), Some(len));
@@ -388,7 +437,7 @@ mod tests {
         let same: Vec<&String> = names.iter().filter(|name| place(name) == wanted).collect();
         assert!(same.len() > 1, "16,384 places cannot hold 200,000 names one by one");
         for name in &same {
-            map.insert(name, Entry::new(name.len(), b"", name));
+            map.insert(name, name.len(), b"");
         }
         map.remove(same[0]);
         assert_eq!(value_in(&map, same[0]), None);

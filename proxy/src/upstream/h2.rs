@@ -14,11 +14,11 @@ use socket2::SockRef;
 use tokio::sync::Notify;
 
 use crate::clock;
-use crate::endpoint::Held;
-
 use crate::http::exchange::RESPONSE_HEAD_BYTES;
+use crate::metrics::Limit;
+use crate::resilience::Breaker;
 
-use super::{Upstream, Upstreams};
+use super::{InFlight, NoConnection, Upstream, Upstreams};
 
 /// Streams on one connection before another is opened, whatever the endpoint allows.
 const STREAMS: usize = 100;
@@ -60,7 +60,6 @@ impl Default for Shared {
 
 struct Connection {
     send: RefCell<SendRequest<Bytes>>,
-    live: Held,
     streams: Cell<usize>,
     closed: Cell<bool>,
     /// When the last stream ended, in milliseconds of [`clock::now_ms`].
@@ -112,13 +111,13 @@ pub(crate) struct Lease {
     connection: Rc<Connection>,
     /// The connection was there before.
     pub(crate) reused: bool,
+    _busy: InFlight,
 }
 
 impl Lease {
-    fn new(connection: Rc<Connection>, reused: bool) -> Lease {
+    fn new(connection: Rc<Connection>, reused: bool, busy: InFlight) -> Lease {
         connection.streams.set(connection.streams.get() + 1);
-        connection.live.begin();
-        Lease { connection, reused }
+        Lease { connection, reused, _busy: busy }
     }
 
     /// A handle that can send the request.
@@ -141,7 +140,6 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let connection = &self.connection;
-        connection.live.end();
         connection.streams.set(connection.streams.get() - 1);
         connection.idle_since.set(clock::now_ms());
     }
@@ -156,8 +154,8 @@ impl Connection {
 }
 
 impl Shared {
-    /// A stream on an open connection, if one has room.
-    fn lease(&self) -> Option<Lease> {
+    /// An open connection with room for one more stream.
+    fn roomy(&self) -> Option<Rc<Connection>> {
         let mut connections = self.connections.borrow_mut();
         connections.retain(|c| c.is_open());
         let roomy = connections.iter().find(|c| {
@@ -165,7 +163,7 @@ impl Shared {
             self.allowed.set(allowed.max(1));
             c.streams.get() < allowed
         });
-        roomy.map(|c| Lease::new(c.clone(), true))
+        roomy.cloned()
     }
 
     pub(crate) fn is_idle(&self) -> bool {
@@ -196,39 +194,57 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// A connection could not be opened. One attempt may fail many requests, and
-/// counts against the endpoint only once.
-pub(crate) struct NotConnected {
-    pub(crate) counts: bool,
+/// Why there is no stream.
+pub(crate) enum NotConnected {
+    Full(Limit),
+    /// A connection could not be opened. One attempt may fail many requests,
+    /// and `counts` against the endpoint only once.
+    Failed {
+        counts: bool,
+    },
 }
 
 impl Upstreams {
     /// A stream on an open connection or, failing that, on a new one; requests
     /// that need one at the same time wait for the same. The caller bounds the time.
-    pub(crate) async fn lease(&self, upstream: &Upstream) -> Result<Lease, NotConnected> {
+    pub(crate) async fn lease(
+        &self,
+        upstream: &Upstream,
+        limits: &Breaker,
+        busy: InFlight,
+    ) -> Result<Lease, NotConnected> {
         let shared = &upstream.h2;
         loop {
-            if let Some(lease) = shared.lease() {
+            if let Some(connection) = shared.roomy() {
                 self.metrics.upstream_reused.inc();
-                return Ok(lease);
+                return Ok(Lease::new(connection, true, busy));
             }
             if let Some(_turn) = Turn::take(shared) {
-                return self.connect_h2(upstream).await.map_err(|error| {
-                    tracing::debug!(endpoint = %upstream.live.address, %error, "cannot connect");
-                    shared.failures.set(shared.failures.get() + 1);
-                    NotConnected { counts: true }
-                });
+                return match self.connect_h2(upstream, limits).await {
+                    Ok(connection) => Ok(Lease::new(connection, false, busy)),
+                    Err(NoConnection::Full(limit)) => Err(NotConnected::Full(limit)),
+                    Err(NoConnection::Failed(error)) => {
+                        tracing::debug!(endpoint = %upstream.live.address, %error, "cannot connect");
+                        shared.failures.set(shared.failures.get() + 1);
+                        Err(NotConnected::Failed { counts: true })
+                    }
+                };
             }
+            let _waiting = upstream.wait(limits).map_err(|_| NotConnected::Full(Limit::Pending))?;
             let failures = shared.failures.get();
             shared.changed.notified().await;
             if shared.failures.get() != failures {
-                return Err(NotConnected { counts: false });
+                return Err(NotConnected::Failed { counts: false });
             }
         }
     }
 
-    async fn connect_h2(&self, upstream: &Upstream) -> io::Result<Lease> {
-        let peer = self.connect(upstream).await?;
+    async fn connect_h2(
+        &self,
+        upstream: &Upstream,
+        limits: &Breaker,
+    ) -> Result<Rc<Connection>, NoConnection> {
+        let peer = self.connect(upstream, limits).await?;
         let (metrics, conn) = peer.into_parts();
         SockRef::from(conn.tcp()).set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
         let (send, mut driver) = h2::client::Builder::new()
@@ -243,7 +259,6 @@ impl Upstreams {
             .map_err(io::Error::other)?;
         let connection = Rc::new(Connection {
             send: RefCell::new(send),
-            live: upstream.live.clone(),
             streams: Cell::new(0),
             closed: Cell::new(false),
             idle_since: Cell::new(clock::now_ms()),
@@ -261,6 +276,6 @@ impl Upstreams {
             }
             drop(metrics);
         });
-        Ok(Lease::new(connection, false))
+        Ok(connection)
     }
 }

@@ -15,6 +15,9 @@ use crate::timer::{Late, Timer};
 use super::body::Incoming;
 use super::relay::FromClient;
 
+/// The rule's time for the whole request is over.
+const OVERDUE: &str = "request timed out within a response body";
+
 /// From here on two splices cost less than what they save in copying.
 const WORTH: u64 = 16 << 10;
 
@@ -44,9 +47,10 @@ pub(super) async fn splice(
 ) -> Result<(), &'static str> {
     let mut splice = Splice::new();
     while *moved < left {
+        order.in_time().map_err(|_| OVERDUE)?;
         let waiting_for_client = splice.held() > 0;
         let deadline = match waiting_for_client {
-            true => Instant::now() + order.worker.config.timeouts.client,
+            true => order.bounded(Instant::now() + order.worker.config.timeouts.client),
             false => order.read_deadline(),
         };
         let step = poll_fn(|cx| match splice.poll(cx, from, to, left - *moved) {
@@ -61,6 +65,7 @@ pub(super) async fn splice(
             Ok(Some(Err(SpliceError::NoPipe))) => break,
             Ok(Some(Err(SpliceError::Source(_)))) => return Err("connection to the endpoint broke"),
             Ok(Some(Err(SpliceError::Destination(_)))) => return Err("client closed the connection"),
+            Err(Late) if order.is_overdue() => return Err(OVERDUE),
             Err(Late) if waiting_for_client => return Err("client took too long"),
             Err(Late) => return Err("endpoint timed out within a response body"),
         }

@@ -80,9 +80,10 @@ impl Http1 {
                 return Next::Close(false);
             }
         }
-        let upload = Upload::new(plan.shape.framing, limit);
-        let mut source =
-            FromClient { conn, input, upload, minor: plan.shape.minor, invited: true, write_timeout };
+        // What can be sent again is kept as pieces.
+        let upload = Upload::new(plan.shape.framing, limit, 0);
+        let minor = plan.shape.minor;
+        let mut source = FromClient { conn, input, upload, minor, invited: true, write_timeout, deaf: false };
         let failure = match order.obtain_h2(timer, &mut source, &request, record).await {
             Ok(answering) => {
                 let next = relay(order, timer, &mut source, plan, answering, out, record).await;

@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use tokio::time::Instant;
 
@@ -36,12 +36,14 @@ pub(super) struct FromClient<'c> {
     /// Nothing holds the client back from sending its body: it expects no 100, or got one.
     pub(super) invited: bool,
     pub(super) write_timeout: std::time::Duration,
+    /// The client has sent an end, or more than was asked for: whether it also leaves shows when we write.
+    pub(super) deaf: bool,
 }
 
 impl FromClient<'_> {
     /// The client is not holding its body back.
     fn is_sending(&self) -> bool {
-        self.invited || self.has_started()
+        self.invited || self.upload.has_started()
     }
 }
 
@@ -62,8 +64,12 @@ impl Source for FromClient<'_> {
         self.upload.is_active()
     }
 
-    fn has_started(&self) -> bool {
-        self.upload.has_started()
+    fn is_repeatable(&self) -> bool {
+        self.upload.is_repeatable()
+    }
+
+    fn rewind(&mut self) {
+        self.upload.rewind();
     }
 
     fn awaits(&self) -> Awaits {
@@ -78,9 +84,15 @@ impl Source for FromClient<'_> {
         self.upload.abandon();
     }
 
-    /// A half-closed client still wants its answer; one that is really gone shows when we write.
-    fn poll_gone(&mut self, _: &mut Context<'_>) -> Poll<()> {
-        Poll::Pending
+    /// A reset. An end alone is not: half-closed clients exist (`nc`, health checks) and still
+    /// want their answers, and one that is really gone then shows when we write.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.deaf {
+            return Poll::Pending;
+        }
+        let hung_up = ready!(self.conn.poll_hangup(cx));
+        self.deaf = !hung_up;
+        if hung_up { Poll::Ready(()) } else { Poll::Pending }
     }
 
     async fn interim(&mut self, timer: &mut Timer, head: &[u8]) -> bool {
@@ -126,9 +138,9 @@ impl Http1 {
         }
         let Http1 { conn, input, timer, worker, .. } = self;
         let write_timeout = worker.config.timeouts.client;
-        let upload = Upload::new(framing, limit);
+        let upload = Upload::new(framing, limit, order.replay_bytes());
         let (minor, invited) = (plan.shape.minor, !plan.expects_continue);
-        let mut source = FromClient { conn, input, upload, minor, invited, write_timeout };
+        let mut source = FromClient { conn, input, upload, minor, invited, write_timeout, deaf: false };
         let mut answer = Buffer::new();
         let failure = match order.obtain(timer, &mut source, out, &mut answer, record).await {
             Err(failure) => failure,
@@ -291,13 +303,14 @@ enum Broken {
 /// Writes to a client that is still sending its body, and takes that body on
 /// meanwhile: a client may well read nothing before it has written everything.
 async fn send_uploading(
+    order: &Order<'_>,
     timer: &mut Timer,
     source: &mut FromClient<'_>,
     endpoint: &mut Conn,
     mut parts: [&[u8]; 3],
 ) -> bool {
     loop {
-        let deadline = Instant::now() + source.write_timeout;
+        let deadline = order.bounded(Instant::now() + source.write_timeout);
         let moved = poll_fn(|cx| {
             if let Poll::Ready(sent) = source.conn.poll_send(cx, &mut parts) {
                 return Poll::Ready(Some(sent.is_ok()));
@@ -349,9 +362,12 @@ async fn deliver(
         body.frame(chunked, piece, out, &mut after);
         let parts = [out.as_slice(), &answer.filled()[..piece.data], after.as_slice()];
         let sent = match source.is_active() {
-            false => send(timer, source.conn, source.write_timeout, parts).await,
-            true => send_uploading(timer, source, endpoint, parts).await,
+            false => send(timer, source.conn, order.patience(source.write_timeout), parts).await,
+            true => send_uploading(order, timer, source, endpoint, parts).await,
         };
+        if !sent && order.is_overdue() {
+            return Err(Broken::Midway("request timed out within a response body"));
+        }
         if !sent {
             return Err(Broken::Midway("client closed the connection"));
         }
@@ -375,6 +391,7 @@ async fn deliver(
         ended = match step(order, timer, source, endpoint, answer).await {
             Ok(n) => n == 0,
             Err(Failure::Late) => return Err(Broken::Midway("endpoint timed out within a response body")),
+            Err(Failure::Overdue) => return Err(Broken::Midway("request timed out within a response body")),
             Err(Failure::Client) => return Err(Broken::Midway("client closed the connection")),
             Err(Failure::Answer(_, reason) | Failure::Endpoint(reason) | Failure::Nonsense(reason)) => {
                 return Err(Broken::Midway(reason));

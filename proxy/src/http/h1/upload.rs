@@ -11,6 +11,7 @@ use crate::conn::Conn;
 use crate::http::chunked::{Decoder, header_map, size_line};
 use crate::http::exchange::{Piece, UploadError};
 use crate::http::head::Framing;
+use crate::http::kept::Kept;
 
 use super::{Shape, pin};
 
@@ -26,10 +27,12 @@ pub(super) struct Upload {
     limit: u64,
     done: bool,
     abandoned: bool,
-    /// Anything was taken from the client: the request cannot be sent again.
+    /// Anything was taken from the client.
     started: bool,
     /// The latest poll ended waiting for the client, not for the endpoint.
     awaits_client: bool,
+    /// What the endpoint got, framed as it was.
+    kept: Kept,
 }
 
 enum Body {
@@ -38,8 +41,8 @@ enum Body {
 }
 
 impl Upload {
-    /// `limit`: most body bytes.
-    pub(super) fn new(framing: Framing, limit: u64) -> Upload {
+    /// `limit`: most body bytes; `kept`: up to how many can be sent again.
+    pub(super) fn new(framing: Framing, limit: u64, kept: usize) -> Upload {
         let body = match framing {
             Framing::Chunked => Body::Chunked(Decoder::default()),
             Framing::Length(n) => Body::Length(n),
@@ -56,6 +59,7 @@ impl Upload {
             abandoned: false,
             started: false,
             awaits_client: false,
+            kept: Kept::new(kept),
         }
     }
 
@@ -74,9 +78,31 @@ impl Upload {
         self.abandoned = true;
     }
 
-    /// Something was taken from the client that cannot be sent again.
+    /// Something was taken from the client.
     pub(super) fn has_started(&self) -> bool {
         self.started
+    }
+
+    /// All that was taken from the client can be sent again.
+    pub(super) fn is_repeatable(&self) -> bool {
+        !self.started || self.kept.is_whole()
+    }
+
+    /// The next endpoint gets the body from its beginning.
+    pub(super) fn rewind(&mut self) {
+        self.kept.rewind();
+        // All that was encoded is kept.
+        self.written = self.encoded.len();
+        self.abandoned = false;
+        self.done &= self.kept.unwritten().is_empty();
+    }
+
+    /// Nothing more is to come from the client.
+    fn is_taken(&self) -> bool {
+        match &self.body {
+            Body::Length(left) => *left == 0,
+            Body::Chunked(decoder) => decoder.is_done(),
+        }
     }
 
     /// It is the client that nothing comes from.
@@ -87,7 +113,7 @@ impl Upload {
     /// The request as far as an answer is concerned, given how much of its body is still to come.
     pub(super) fn shape_left(&self, shape: Shape) -> Shape {
         // An unfinished body may have any length left.
-        let framing = if self.done { Framing::None } else { Framing::Chunked };
+        let framing = if self.is_taken() { Framing::None } else { Framing::Chunked };
         Shape { framing, ..shape }
     }
 
@@ -181,6 +207,7 @@ impl Upload {
 
     fn has_unwritten(&self, input: &Buffer) -> bool {
         match self.body {
+            _ if !self.kept.unwritten().is_empty() => true,
             Body::Length(_) => !input.is_empty(),
             Body::Chunked(_) => self.written < self.encoded.len(),
         }
@@ -193,6 +220,16 @@ impl Upload {
         input: &mut Buffer,
         endpoint: &mut Conn,
     ) -> Result<Poll<()>, UploadError> {
+        if !self.kept.unwritten().is_empty() {
+            let written = pin(endpoint).poll_write(cx, self.kept.unwritten());
+            let Poll::Ready(n) = written.map_err(|_| UploadError::Endpoint)? else {
+                return Ok(Poll::Pending);
+            };
+            self.kept.wrote(n);
+            let written = self.kept.unwritten().is_empty() && self.written == self.encoded.len();
+            self.done = written && self.is_taken();
+            return Ok(Poll::Ready(()));
+        }
         match &mut self.body {
             Body::Length(left) => {
                 let available = usize::try_from(*left).unwrap_or(usize::MAX).min(input.len());
@@ -204,6 +241,7 @@ impl Upload {
                     return Ok(Poll::Pending);
                 };
                 self.started = true;
+                self.kept.add(&input.filled()[..n]);
                 input.consume(n);
                 *left -= n as u64;
                 self.bytes += n as u64;
@@ -215,6 +253,7 @@ impl Upload {
                     self.encoded.clear();
                     self.written = 0;
                     self.bytes += encode(decoder, input, &mut self.encoded)?;
+                    self.kept.add(&self.encoded);
                     if self.bytes > self.limit {
                         return Err(UploadError::TooLarge);
                     }

@@ -13,6 +13,7 @@ use crate::buffer::Output;
 use crate::conn::Conn;
 use crate::http::exchange::{Awaits, Piece, Source, UploadError};
 use crate::http::head::Framing;
+use crate::http::kept::Kept;
 use crate::http::{chunked, map};
 use crate::timer::Timer;
 
@@ -27,15 +28,17 @@ pub(super) struct FromStream {
     data: Bytes,
     after: Output,
     written: usize,
-    started: bool,
     ended: bool,
     abandoned: bool,
+    /// What an HTTP/1 endpoint is getting, framed as it is.
+    kept: Kept,
     /// What comes is not a request body, but belongs to a tunnel.
     withheld: bool,
 }
 
 impl FromStream {
-    pub(super) fn new(body: RecvStream, framing: Framing, limit: u64) -> FromStream {
+    /// `limit`: most body bytes; `kept`: up to how many can be sent again.
+    pub(super) fn new(body: RecvStream, framing: Framing, limit: u64, kept: usize) -> FromStream {
         let ended = body.is_end_stream();
         FromStream {
             body,
@@ -46,9 +49,9 @@ impl FromStream {
             data: Bytes::new(),
             after: Output::take(),
             written: 0,
-            started: false,
             ended,
             abandoned: false,
+            kept: Kept::new(kept),
             withheld: false,
         }
     }
@@ -63,8 +66,21 @@ impl FromStream {
         self.body
     }
 
+    /// Bytes received and not yet written, those that another endpoint had got included.
     fn unwritten(&self) -> usize {
-        self.before.len() + self.data.len() + self.after.len() - self.written
+        self.kept.unwritten().len() + self.piece_len() - self.written
+    }
+
+    fn piece_len(&self) -> usize {
+        self.before.len() + self.data.len() + self.after.len()
+    }
+
+    /// The next endpoint gets the body from its beginning.
+    fn rewind(&mut self) {
+        self.kept.rewind();
+        // The present piece is kept as a whole.
+        self.written = self.piece_len();
+        self.abandoned = false;
     }
 
     /// Receives the next piece. The window is opened again only when the
@@ -78,7 +94,6 @@ impl FromStream {
             match ready!(self.body.poll_data(cx)) {
                 Some(Ok(data)) if data.is_empty() => {}
                 Some(Ok(data)) => {
-                    self.started = true;
                     self.bytes += data.len() as u64;
                     if self.bytes > self.limit {
                         return Poll::Ready(Err(UploadError::TooLarge));
@@ -118,7 +133,15 @@ impl FromStream {
         let mut moved = false;
         loop {
             while self.unwritten() > 0 {
-                match poll_write_at(cx, endpoint, [&self.before, &self.data, &self.after], self.written) {
+                let kept = self.kept.unwritten();
+                let written = match kept.is_empty() {
+                    true => {
+                        poll_write_at(cx, endpoint, [&self.before, &self.data, &self.after], self.written)
+                    }
+                    false => Pin::new(&mut *endpoint).poll_write(cx, kept),
+                };
+                match written {
+                    Poll::Ready(Ok(n)) if !kept.is_empty() => self.kept.wrote(n),
                     Poll::Ready(Ok(n)) => self.written += n,
                     Poll::Ready(Err(_)) => return Poll::Ready(Err(UploadError::Endpoint)),
                     Poll::Pending if moved => return Poll::Ready(Ok(())),
@@ -142,6 +165,9 @@ impl FromStream {
                 Poll::Pending => return Poll::Pending,
             };
             self.frame(&piece);
+            self.kept.add(&self.before);
+            self.kept.add(&self.data);
+            self.kept.add(&self.after);
         }
     }
 
@@ -215,8 +241,12 @@ impl Source for Watched<'_> {
         self.source.is_active()
     }
 
-    fn has_started(&self) -> bool {
-        self.source.started
+    fn is_repeatable(&self) -> bool {
+        self.source.kept.is_whole()
+    }
+
+    fn rewind(&mut self) {
+        self.source.rewind();
     }
 
     fn awaits(&self) -> Awaits {

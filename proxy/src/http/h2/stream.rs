@@ -41,6 +41,8 @@ struct Stream<'s> {
     sending: Option<SendStream<Bytes>>,
     is_head: bool,
     is_grpc: bool,
+    /// When the request as a whole has taken too long.
+    ends: Option<Instant>,
 }
 
 /// Serves one stream.
@@ -58,6 +60,7 @@ pub(super) async fn serve(shared: Rc<Http2>, request: Request<RecvStream>, respo
         sending: None,
         is_head: *request.method() == http::Method::HEAD,
         is_grpc: is_grpc(&request),
+        ends: None,
     };
     let router = worker.router();
     let mut far = None;
@@ -106,8 +109,11 @@ impl Stream<'_> {
         let worker = &*self.shared.worker;
         // Of a tunnel nothing has been sent before it stands.
         let idempotent = plan.websocket.is_some() || is_idempotent(request.method().as_str().as_bytes());
-        let order = Order::new(worker, router, forward, idempotent, self.is_head);
+        let started = self.record.started;
+        let mut order = Order::new(worker, router, forward, idempotent, self.is_head, started);
         let framing = framing(request, &body);
+        order.bodiless = framing == Framing::None && plan.websocket.is_none();
+        self.ends = order.ends.next.get();
         let limit = order.body_limit();
         if matches!(framing, Framing::Length(n) if n > limit) {
             worker.metrics.rejected(metrics::Reject::BodyTooLarge);
@@ -115,7 +121,8 @@ impl Stream<'_> {
             self.answer(413, None).await;
             return None;
         }
-        let mut source = FromStream::new(body, framing, limit);
+        let kept = if plan.request.is_none() { order.replay_bytes() } else { 0 };
+        let mut source = FromStream::new(body, framing, limit, kept);
         if plan.websocket.is_some() {
             source.withhold();
         }
@@ -243,7 +250,9 @@ impl Stream<'_> {
                     Poll::Ready(Err(error)) => Poll::Ready(Err(error.into())),
                 }
             });
-            match self.timer.within(Instant::now() + patience, next).await {
+            let deadline = Instant::now() + patience;
+            let deadline = self.ends.map_or(deadline, |end| end.min(deadline));
+            match self.timer.within(deadline, next).await {
                 Ok(Ok(0)) => {}
                 Ok(Ok(room)) => {
                     let piece = data.split_to(room);
