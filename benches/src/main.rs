@@ -87,7 +87,7 @@ fn main() -> Result<()> {
     match cli.part {
         Some(Part::Picture { json, svg }) => picture::draw(&json, &svg),
         Some(Part::Tables { json }) => {
-            raw::read(&json)?.scenarios.iter().for_each(|outcome| report::print(outcome));
+            raw::read(&json)?.scenarios.iter().for_each(report::print);
             Ok(())
         }
         Some(Part::Backend { address, body }) => backend::run(address, body),

@@ -81,20 +81,20 @@ fn picture(run: &Run) -> Result<String> {
     let mut y = TOP;
     for group in &groups {
         let middle = y + group.bars.len() as f64 * BAR / 2.0 + 4.0;
-        write!(
+        writeln!(
             body,
-            "<text x=\"{}\" y=\"{middle:.0}\" text-anchor=\"end\">{}</text>\n",
+            "<text x=\"{}\" y=\"{middle:.0}\" text-anchor=\"end\">{}</text>",
             LABELS - 10.0,
             group.title
         )?;
         for &(name, colour, ratio) in &group.bars {
             let width = ratio.min(LONGEST) * scale;
             let weight = if name == "lockgate" { " class=\"own\"" } else { "" };
-            write!(
+            writeln!(
                 body,
                 "<rect x=\"{LABELS}\" y=\"{y:.0}\" width=\"{width:.1}\" height=\"{:.0}\" rx=\"2\" fill=\"{colour}\">\
                  <title>{name}: {ratio:.2}</title></rect>\n\
-                 <text{weight} x=\"{:.1}\" y=\"{:.1}\" font-size=\"11\">{ratio:.2}</text>\n",
+                 <text{weight} x=\"{:.1}\" y=\"{:.1}\" font-size=\"11\">{ratio:.2}</text>",
                 BAR - 2.0,
                 LABELS + width + 5.0,
                 y + BAR - 3.0,
@@ -109,10 +109,10 @@ fn picture(run: &Run) -> Result<String> {
     let mut x = LABELS;
     for (name, colour) in COLOURS {
         if groups.iter().any(|group| group.bars.iter().any(|bar| bar.0 == name)) {
-            write!(
+            writeln!(
                 legend,
                 "<rect x=\"{x:.0}\" y=\"34\" width=\"10\" height=\"10\" rx=\"2\" fill=\"{colour}\"/>\
-                 <text x=\"{:.0}\" y=\"43\" font-size=\"12\">{name}</text>\n",
+                 <text x=\"{:.0}\" y=\"43\" font-size=\"12\">{name}</text>",
                 x + 14.0
             )?;
             x += 32.0 + name.len() as f64 * 6.6;

@@ -181,7 +181,7 @@ impl Subject {
             Kind::Nginx => (nginx::command(&site)?, "-v"),
             Kind::Haproxy => (haproxy::command(&site)?, "-v"),
             Kind::Envoy => (envoy::command(&site)?, "--version"),
-            Kind::Caddy => (caddy::command(&site)?, "version"),
+            Kind::Caddy => (caddy::command(&site)?, ""),
             Kind::Pingora | Kind::Hyper | Kind::Relay | Kind::Direct => {
                 let mut command = site.command();
                 if kind == Kind::Relay {
@@ -191,9 +191,13 @@ impl Subject {
                 (command, "")
             }
         };
-        if !flag.is_empty() {
-            subject.version = version(program, flag);
-        }
+        subject.version = match kind {
+            // Built by `go install`, it does not know.
+            Kind::Caddy => programs::CADDY.to_owned(),
+            Kind::Pingora | Kind::Hyper => "peers/".to_owned(),
+            Kind::Relay | Kind::Direct => String::new(),
+            _ => version(program, flag),
+        };
         let log = File::create(folder.join("output.log"))?;
         // HAProxy logs on standard output.
         let out = match kind {

@@ -1,6 +1,7 @@
 //! The admin endpoint: health, metrics and what is live, for operators and
 //! probes. Read only, on loopback unless told otherwise.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -21,6 +22,7 @@ use tokio::time::{sleep, timeout};
 use crate::explain::{Question, decode, explain};
 use crate::text::Text;
 use lockgate_proxy::handover::Sockets;
+use lockgate_proxy::l4::ListenerState;
 use lockgate_proxy::router::{Live, Routes};
 
 /// Further connections wait until one of these ends.
@@ -42,6 +44,7 @@ lockgate admin
   /readyz         200 when the first full table is live, 503 before that and while draining
   /metrics        Prometheus
   /debug/routes   the live table as JSON; ?host=shop.example for one host
+  /debug/listeners  TCP and UDP ports: open, or why not
   /debug/explain  ?url=https://shop.example/cart&method=GET&header=Name:%20value
 ";
 
@@ -198,8 +201,9 @@ fn answer<B>(state: &AdminState, request: &Request<B>) -> Response<Full<Bytes>> 
             body(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", live.metrics.encode())
         }
         ("/debug/routes", Some((routes, _))) => show_routes(routes, query),
+        ("/debug/listeners", Some((_, live))) => show_listeners(live),
         ("/debug/explain", Some((routes, _))) => show_explanation(routes, query),
-        ("/metrics" | "/debug/routes" | "/debug/explain", None) => {
+        ("/metrics" | "/debug/routes" | "/debug/listeners" | "/debug/explain", None) => {
             plain(StatusCode::SERVICE_UNAVAILABLE, "the proxy has not started yet\n")
         }
         _ => plain(StatusCode::NOT_FOUND, INDEX),
@@ -221,6 +225,21 @@ fn show_routes(routes: &Routes, query: &str) -> Response<Full<Bytes>> {
         }
     };
     match json {
+        Ok(json) => body(StatusCode::OK, "application/json", json),
+        Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
+    }
+}
+
+/// By listener: the address that is open, or why none is.
+fn show_listeners(live: &Live) -> Response<Full<Bytes>> {
+    let states = live.listeners.get();
+    let text = |state: &ListenerState| match state {
+        ListenerState::Open(address) => format!("open at {address}"),
+        ListenerState::Failed(why) => format!("cannot be opened: {why}"),
+    };
+    let states: BTreeMap<String, String> =
+        states.iter().map(|(key, state)| (key.to_string(), text(state))).collect();
+    match serde_json::to_string_pretty(&states) {
         Ok(json) => body(StatusCode::OK, "application/json", json),
         Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
     }

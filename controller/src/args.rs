@@ -11,9 +11,9 @@ use ipnet::IpNet;
 
 use crate::source::FolderOptions;
 use crate::store::Key;
-use crate::translate::Options;
+use crate::translate::{Options, StreamOptions};
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
-use lockgate_proxy::config::{Config, Drain, Limits, ProxyProtocol, Timeouts};
+use lockgate_proxy::config::{Config, Drain, L4Options, Limits, ProxyProtocol, Timeouts};
 
 mod resilience;
 
@@ -121,6 +121,13 @@ pub struct ObjectArgs {
     /// Without it they see a self-signed one
     #[arg(long, value_name = "NAMESPACE/NAME", env = "LOCKGATE_DEFAULT_SSL_CERTIFICATE", value_parser = parse_key)]
     pub default_ssl_certificate: Option<Key>,
+    /// The ConfigMap of TCP ports to relay as they are, each as "9000": "namespace/service:port",
+    /// and :PROXY behind it (to read the header of clients) or :PROXY:PROXY (to write one, too)
+    #[arg(long, value_name = "NAMESPACE/NAME", env = "LOCKGATE_TCP_SERVICES_CONFIGMAP", value_parser = parse_key)]
+    pub tcp_services_configmap: Option<Key>,
+    /// The same for UDP
+    #[arg(long, value_name = "NAMESPACE/NAME", env = "LOCKGATE_UDP_SERVICES_CONFIGMAP", value_parser = parse_key)]
+    pub udp_services_configmap: Option<Key>,
     /// Larger files are refused
     #[arg(long, value_name = "SIZE", default_value = "32MiB", env = "LOCKGATE_MAX_FILE_SIZE")]
     pub max_file_size: Size,
@@ -135,6 +142,11 @@ impl ObjectArgs {
         Options {
             ingress_class: self.ingress_class.clone(),
             default_certificate: self.default_ssl_certificate.clone(),
+            streams: StreamOptions {
+                tcp_services: self.tcp_services_configmap.clone(),
+                udp_services: self.udp_services_configmap.clone(),
+                ..StreamOptions::default()
+            },
             ..Options::default()
         }
     }
@@ -163,6 +175,11 @@ pub struct IngressArgs {
     #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:8443", value_delimiter = ',')]
     #[arg(env = "LOCKGATE_HTTPS_ADDR")]
     pub https_addr: Vec<SocketAddr>,
+    /// Where the ports of --tcp-services-configmap and --udp-services-configmap are opened; may be
+    /// repeated. On a host with several addresses name them, or answers over UDP may come from another one
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0", value_delimiter = ',')]
+    #[arg(env = "LOCKGATE_STREAM_ADDR")]
+    pub stream_addr: Vec<IpAddr>,
     /// Where to serve /metrics, /livez, /readyz and /debug. Not for the public: it shows every route
     #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:10254", env = "LOCKGATE_ADMIN_ADDR")]
     pub admin_addr: SocketAddr,
@@ -294,6 +311,13 @@ pub struct LimitArgs {
     /// Most endpoints tried for one request
     #[arg(long, alias = "proxy-next-upstream-tries", value_name = "N", default_value_t = 3, env = "LOCKGATE_MAX_TRIES", value_parser = clap::value_parser!(u32).range(1..=16))]
     pub max_tries: u32,
+    /// Most clients of one UDP port and worker at a time; the one silent longest makes room
+    #[arg(long, value_name = "N", default_value_t = 4096, env = "LOCKGATE_MAX_UDP_FLOWS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_udp_flows: u32,
+    /// Datagrams a UDP client expects in answer to each of its own: with them its session is over.
+    /// 0: nobody knows, and a session ends when it is idle
+    #[arg(long, value_name = "N", default_value_t = 1, env = "LOCKGATE_PROXY_STREAM_RESPONSES")]
+    pub proxy_stream_responses: u32,
     /// Most idle connections kept per endpoint and worker
     #[arg(long, value_name = "N", default_value_t = 256, env = "LOCKGATE_MAX_IDLE_UPSTREAM")]
     pub max_idle_upstream: usize,
@@ -327,6 +351,9 @@ pub struct TimeoutArgs {
     /// An idle connection to an endpoint is closed
     #[arg(long, value_name = "DURATION", default_value = "60s", env = "LOCKGATE_IDLE_UPSTREAM_TIMEOUT")]
     pub idle_upstream_timeout: Span,
+    /// A relayed TCP connection or UDP session on which nobody speaks is closed
+    #[arg(long, value_name = "DURATION", default_value = "10m", env = "LOCKGATE_PROXY_STREAM_TIMEOUT")]
+    pub proxy_stream_timeout: Span,
     /// A WebSocket or other tunnel on which nobody speaks is closed
     #[arg(long, value_name = "DURATION", default_value = "1h", env = "LOCKGATE_TUNNEL_TIMEOUT")]
     pub tunnel_timeout: Span,
@@ -345,12 +372,27 @@ impl IngressArgs {
             trusted: self.trusted_proxies.clone(),
             proxy_protocol: self.accept.proxy_protocol(),
             access_log: self.access_log(),
+            l4: L4Options {
+                idle: self.timeouts.proxy_stream_timeout.0,
+                udp_flows: self.limits.max_udp_flows as usize,
+                udp_responses: self.limits.proxy_stream_responses,
+                ..defaults.l4
+            },
             drain: Drain { grace: self.stop.shutdown_grace_period.0, deadline: self.stop.drain_timeout.0 },
             retry: self.resilience.retry(),
             breaker: self.resilience.breaker(),
             outliers: self.resilience.outliers(),
             ..defaults
         }
+    }
+
+    /// What the translator needs to know.
+    pub fn options(&self) -> Options {
+        let addresses = self.http_addr.iter().chain(&self.https_addr).chain([&self.admin_addr]);
+        let mut options = self.objects.options();
+        options.streams.reserved = addresses.map(SocketAddr::port).collect();
+        options.streams.addresses = self.stream_addr.clone();
+        options
     }
 
     fn access_log(&self) -> Option<AccessLogConfig> {
@@ -590,6 +632,8 @@ mod tests {
         assert_eq!(config.outliers, defaults.outliers);
         assert_eq!(format!("{:?}", args.folder()), format!("{:?}", FolderOptions::default()));
         assert_eq!(config.workers, defaults.workers);
+        assert_eq!(format!("{:?}", config.l4), format!("{:?}", defaults.l4));
+        assert_eq!(args.options().streams.addresses, StreamOptions::default().addresses);
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub struct Report {
     problems: Vec<Problem>,
     objects: Vec<Entry>,
     routes: Vec<routes::Route>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    ports: Vec<routes::Port>,
     /// Objects that are used, by kind.
     used: BTreeMap<&'static str, usize>,
     /// Objects that are not, by kind.
@@ -189,14 +191,21 @@ impl Report {
             Level::Info => Verdict::Accepted,
         };
         let worst = objects.iter().map(|entry| entry.verdict).chain(problems.iter().map(of_problem)).max();
+        let mut unused = snapshot.unused.clone();
+        let (store, streams) = (&snapshot.store, args.options().streams);
+        let config_maps = store.config_maps.keys().filter(|key| streams.names(key)).count();
+        if store.config_maps.len() > config_maps {
+            unused.insert("ConfigMap".to_owned(), store.config_maps.len() - config_maps);
+        }
         Report {
             verdict: worst.unwrap_or(Verdict::Accepted),
             files: snapshot.files,
             problems,
             objects,
             routes: routes::routes(&desired.routes),
-            used: used(&snapshot),
-            unused: snapshot.unused,
+            ports: routes::ports(&desired.routes),
+            used: used(&snapshot, config_maps),
+            unused,
         }
     }
 
@@ -220,6 +229,10 @@ impl Report {
         if !self.routes.is_empty() {
             text.line().put(Tone::Heading, "Routes").line();
             routes::print(text, &self.routes);
+        }
+        if !self.ports.is_empty() {
+            text.line().put(Tone::Heading, "Ports").line();
+            routes::print_ports(text, &self.ports);
         }
         self.print_sum(text);
     }
@@ -329,7 +342,7 @@ fn print_notice(text: &mut Text, notice: &Notice) {
     }
 }
 
-fn used(snapshot: &Snapshot) -> BTreeMap<&'static str, usize> {
+fn used(snapshot: &Snapshot, config_maps: usize) -> BTreeMap<&'static str, usize> {
     let store = &snapshot.store;
     [
         ("Ingress", store.ingresses.len()),
@@ -339,6 +352,7 @@ fn used(snapshot: &Snapshot) -> BTreeMap<&'static str, usize> {
         ("Pod", store.pods.len()),
         ("Secret", store.secrets.len()),
         ("Node", store.nodes.len()),
+        ("ConfigMap", config_maps),
     ]
     .into_iter()
     .filter(|(_, n)| *n > 0)

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lockgate_proxy::resilience::{Breaker, Hedge, Resilience};
-use lockgate_proxy::table::{Action, Host, HostPattern, PathMatch, Rule, RuleLimits, Split, When};
+use lockgate_proxy::table::{
+    Action, ClientLimits, Host, HostPattern, PathMatch, Rule, RuleLimits, Split, When,
+};
 
 use crate::args::ExplainArgs;
 use crate::check::{self, routes};
@@ -93,6 +95,9 @@ pub(crate) fn explain(text: &mut Text, router: &Router, question: &Question) -> 
         .put(Tone::Heading, &format!("{} {}", question.method, printable(&question.url())))
         .line()
         .line();
+    if question.https && answer.passthrough() {
+        return true;
+    }
     if question.https {
         answer.certificate();
     }
@@ -137,6 +142,19 @@ impl Answer<'_> {
 
     fn more(&mut self, tone: Tone, what: &str) {
         self.step("", tone, what);
+    }
+
+    /// Whether the connection goes to an endpoint before there is a request to look at.
+    fn passthrough(&mut self) -> bool {
+        let Some(found) = self.router.passthrough(&self.question.host) else { return false };
+        let route = found.desired.clone();
+        let what = format!("passed through unopened, as {} wants it", routes::origin_text(&route.origin));
+        self.step("tls", Tone::Good, &what);
+        let endpoints = routes::endpoints(self.router.table(), &route.pool);
+        let tone = if endpoints > 0 { Tone::Good } else { Tone::Bad };
+        self.step("backend", tone, &route.pool.0);
+        self.endpoints(&route.pool, false);
+        true
     }
 
     fn certificate(&mut self) {
@@ -224,7 +242,11 @@ impl Answer<'_> {
             (_, n) => format!("the longest of {n} matches"),
         };
         let (kind, written) = (routes::path_type(&rule.path), printable(rule.path.as_str()));
-        self.step("path", Tone::Good, &format!("{kind} {written} of {}: {why}", routes::origin_text(&rule)));
+        self.step(
+            "path",
+            Tone::Good,
+            &format!("{kind} {written} of {}: {why}", routes::origin_text(&rule.origin)),
+        );
         self.others(host, Some(&rule.path), path);
         Some(rule)
     }
@@ -355,12 +377,24 @@ impl Answer<'_> {
         ]
         .into_iter()
         .flatten()
+        .chain(limits.per_client.iter().flat_map(|limits| per_client(limits)))
         .chain(limits.resilience.iter().flat_map(|own| resilience(own)))
         .collect();
         if !own.is_empty() {
             self.step("limits", Tone::Plain, &own.join(", "));
         }
     }
+}
+
+fn per_client(limits: &ClientLimits) -> Vec<String> {
+    let requests =
+        limits.requests.map(|most| format!("{} at once per client", count(most as usize, "request")));
+    let rates = limits.rates.iter().map(|rate| {
+        let requests = count(rate.requests as usize, "request");
+        format!("{requests} per client in {:?}, and {} at once", rate.per, u64::from(rate.burst) + 1)
+    });
+    let exempt = (!limits.exempt.is_empty()).then(|| count(limits.exempt.len(), "network") + " exempt");
+    requests.into_iter().chain(rates).chain(exempt).collect()
 }
 
 /// What a rule says about endpoints that fail, are slow or have enough to do.

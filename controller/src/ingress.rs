@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use lockgate_proxy::RoutingTable;
+use lockgate_proxy::l4::ListenerState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -40,7 +41,7 @@ pub async fn run(args: &IngressArgs) -> anyhow::Result<()> {
     // Everything is read, translated and compiled before a connection is accepted:
     // a client that is answered finds the routes there.
     let (mut folder, snapshot) = Folder::open(&args.manifests, args.folder())?;
-    let mut translation = Translation::new(args.objects.options());
+    let mut translation = Translation::new(args.options());
     translation.update(&snapshot);
     let (proxy, publisher) = Proxy::bind(args.config(), &inherited)?;
     let mut publishing = Publishing::new(publisher, proxy.live().clone());
@@ -154,6 +155,15 @@ fn banner(
     let _ = writeln!(out, "\nlockgate {} serves {folder}", env!("CARGO_PKG_VERSION"));
     let _ = writeln!(out, "  http      {}", list(proxy.http_addrs()));
     let _ = writeln!(out, "  https     {}", list(proxy.https_addrs()));
+    if !table.listeners.is_empty() {
+        let failed = |state: &ListenerState| matches!(state, ListenerState::Failed(_));
+        let failed = proxy.live().listeners.get().values().filter(|state| failed(state)).count();
+        let ports = match failed {
+            0 => format!("{} open", table.listeners.len()),
+            failed => format!("{} open, {failed} not, see above", table.listeners.len() - failed),
+        };
+        let _ = writeln!(out, "  tcp, udp  {ports}   /debug/listeners");
+    }
     let _ = writeln!(out, "  admin     {admin}   /readyz /metrics /debug/routes");
     let _ = writeln!(out, "  serving   {}", served.join(", "));
     let problems = tallies.refused + tallies.differing + snapshot.problems.len();

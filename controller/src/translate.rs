@@ -205,6 +205,10 @@ impl Translator {
                 Some(host) => put(&mut self.desired.routes.hosts, pattern.clone(), host),
                 None => drop(self.desired.routes.hosts.remove(&pattern)),
             }
+            match outcome.passthrough {
+                Some(passed) => put(&mut self.desired.routes.passthrough, pattern.clone(), passed),
+                None => drop(self.desired.routes.passthrough.remove(&pattern)),
+            }
             let outcome = outcome.found;
             let previous = self.hosts.remove(&pattern).unwrap_or_default();
             differing(&previous.notices, &outcome.notices, &mut dirty.statuses);

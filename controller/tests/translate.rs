@@ -11,8 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lockgate_controller::objects::{Parsed, parse};
-use lockgate_controller::store::Store;
-use lockgate_controller::translate::{Desired, Options, translate};
+use lockgate_controller::store::{Key, Store};
+use lockgate_controller::translate::{Desired, Options, StreamOptions, translate};
 use lockgate_proxy::Certificate;
 use serde::{Deserialize, Serialize};
 
@@ -23,13 +23,21 @@ struct Output {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     documents: Vec<String>,
     hosts: serde_yaml::Value,
+    #[serde(skip_serializing_if = "is_empty")]
+    passthrough: serde_yaml::Value,
     pools: serde_yaml::Value,
+    #[serde(skip_serializing_if = "serde_yaml::Value::is_null")]
+    listeners: serde_yaml::Value,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     certificates: BTreeMap<String, Vec<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     default_certificate: Option<String>,
     services: serde_yaml::Value,
     statuses: BTreeMap<String, Vec<String>>,
+}
+
+fn is_empty(value: &serde_yaml::Value) -> bool {
+    value.as_mapping().is_some_and(serde_yaml::Mapping::is_empty)
 }
 
 #[test]
@@ -78,12 +86,28 @@ fn options(file: &Path) -> Options {
     struct File {
         ingress_class: Option<String>,
         require_class: bool,
+        tcp_services: Option<String>,
+        udp_services: Option<String>,
     }
     let file: File = match fs::read_to_string(file) {
         Ok(text) => serde_yaml::from_str(&text).unwrap(),
         Err(_) => File::default(),
     };
-    Options { ingress_class: file.ingress_class, require_class: file.require_class, ..Options::default() }
+    let key = |text: Option<String>| {
+        text.map(|text| text.split_once('/').map(|(namespace, name)| Key::new(namespace, name)).unwrap())
+    };
+    let streams = StreamOptions {
+        tcp_services: key(file.tcp_services),
+        udp_services: key(file.udp_services),
+        reserved: [8080, 8443, 10254].into(),
+        ..StreamOptions::default()
+    };
+    Options {
+        ingress_class: file.ingress_class,
+        require_class: file.require_class,
+        streams,
+        ..Options::default()
+    }
 }
 
 fn run(input: &Path, options: &Options) -> String {
@@ -135,7 +159,12 @@ fn output(documents: Vec<String>, desired: &Desired) -> Output {
     Output {
         documents,
         hosts: serde_yaml::to_value(&routes.hosts).unwrap(),
+        passthrough: serde_yaml::to_value(&routes.passthrough).unwrap(),
         pools: serde_yaml::to_value(&routes.pools).unwrap(),
+        listeners: match routes.listeners.is_empty() {
+            true => serde_yaml::Value::Null,
+            false => serde_yaml::to_value(&routes.listeners).unwrap(),
+        },
         certificates: routes
             .certificates
             .iter()

@@ -6,6 +6,7 @@
 
 use std::net::SocketAddr;
 
+use crate::client_hello;
 use crate::config::{Limits, MAX_HEADERS};
 use crate::http::chunked::{self, Decoder};
 use crate::http::client::Client;
@@ -14,6 +15,7 @@ use crate::http::forward::{Delivery, RequestId, claims, write_request, write_res
 use crate::http::head::{Framing, HeaderRoom, Reject, RequestHead};
 use crate::http::path::{normalise, normalise_path};
 use crate::http::response::{BadResponse, ResponseHead};
+use crate::proxy_protocol::{self, Origin, Parsed, Version};
 
 #[cfg(test)]
 mod tests;
@@ -22,11 +24,13 @@ mod tests;
 pub type Target = fn(&[u8]);
 
 /// Every target, by the name of its corpus.
-pub const TARGETS: [(&str, Target); 4] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("request_head", request_head),
     ("response_head", response_head),
     ("chunked", chunked_body),
     ("path", path),
+    ("proxy_header", proxy_header),
+    ("client_hello", client_hello_name),
 ];
 
 /// Prefixes looked at per input: all of a short one, some of a long one.
@@ -245,4 +249,69 @@ fn model_path(path: &[u8]) -> Option<Vec<u8>> {
         normal.push(b'/');
     }
     Some(normal)
+}
+
+/// A header stays what it is however its bytes arrive, nothing behind its longest
+/// form is looked at, and what is written of it is read as the same client.
+pub fn proxy_header(bytes: &[u8]) {
+    let length = |bytes: &[u8]| {
+        proxy_protocol::parse(bytes).map(|parsed| match parsed {
+            Parsed::Incomplete => None,
+            Parsed::Header { length, .. } => Some(length),
+        })
+    };
+    let whole = proxy_protocol::parse(bytes);
+    for cut in cuts(bytes) {
+        agrees(length(&bytes[..cut]), length(bytes), cut);
+    }
+    assert_eq!(proxy_protocol::parse(&bytes[..bytes.len().min(proxy_protocol::MAX_BYTES)]), whole);
+    let Ok(Parsed::Header { length, origin }) = whole else { return };
+    assert!(length <= bytes.len().min(proxy_protocol::MAX_BYTES));
+    assert_eq!(proxy_protocol::parse(&bytes[..length]), whole);
+    let Origin::Proxied { source, destination } = origin else { return };
+    let canonical = |a: SocketAddr| (a.ip().to_canonical(), a.port());
+    for version in [Version::V1, Version::V2] {
+        let mut written = Vec::new();
+        proxy_protocol::write_header(version, source, destination, &mut written);
+        match proxy_protocol::parse(&written) {
+            Ok(Parsed::Header { length, origin: Origin::Proxied { source: from, destination: to } }) => {
+                assert_eq!(length, written.len());
+                assert_eq!(canonical(from), canonical(source));
+                assert_eq!(canonical(to), canonical(destination));
+            }
+            other => panic!("written, but not readable: {other:?}"),
+        }
+    }
+}
+
+/// A name stays what it is however its bytes arrive and are divided into records,
+/// never before as many bytes as were said to be missing, and is a name.
+pub fn client_hello_name(bytes: &[u8]) {
+    use client_hello::Parsed::{Incomplete, Named};
+    let whole = client_hello::parse(bytes);
+    for cut in cuts(bytes) {
+        match (client_hello::parse(&bytes[..cut]), &whole) {
+            (Err(error), Ok(_)) => panic!("refused at {cut}, accepted as a whole: {error:?}"),
+            (Ok(Named(name)), whole) => assert_eq!(*whole, Ok(Named(name)), "taken back after {cut}"),
+            (Ok(Incomplete { missing }), Ok(Named(_))) => {
+                assert!((1..=bytes.len() - cut).contains(&missing), "{missing} missing at {cut}");
+            }
+            (Ok(Incomplete { .. }) | Err(_), _) => {}
+        }
+    }
+    if let Ok(Named(Some(name))) = &whole {
+        assert!(!name.is_empty() && name.len() <= 253 && !name.ends_with('.') && !name.contains(".."));
+        assert!(name.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_lowercase() || b"-._".contains(&b)));
+    }
+    // The first record in two.
+    let Some(&[kind, major, minor, high, low]) = bytes.get(..5) else { return };
+    let length = usize::from(u16::from_be_bytes([high, low]));
+    let Some((fragment, rest)) = bytes[5..].split_at_checked(length).filter(|_| length > 1) else { return };
+    if let Ok(Named(_)) = &whole {
+        let mut divided = vec![kind, major, minor, 0, 1, fragment[0], kind, major, minor];
+        divided.extend_from_slice(&(length as u16 - 1).to_be_bytes());
+        divided.extend_from_slice(&fragment[1..]);
+        divided.extend_from_slice(rest);
+        assert_eq!(client_hello::parse(&divided), whole, "in other records");
+    }
 }

@@ -8,7 +8,6 @@
 //! ```
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use imbl::OrdMap;
@@ -19,9 +18,10 @@ use crate::certificate::Certificate;
 use crate::endpoint::Endpoints;
 use crate::l4::ListenerStates;
 use crate::metrics::{ListenerStats, Metrics};
-use crate::proxy_protocol;
 use crate::split::CompiledSplit;
-use crate::table::{L4Listener, ListenerKey, Origin, PathMatch, PoolKey, RoutingTable, RuleLimits};
+use crate::table::{
+    L4Listener, ListenerKey, Origin, Passthrough, PathMatch, PoolKey, RoutingTable, RuleLimits,
+};
 use crate::tls::{Candidates, CertificateLookup};
 
 mod compile;
@@ -70,15 +70,15 @@ struct CompiledHost {
     /// Sorted by path, each path once; the trie names them by index.
     rules: Arc<[CompiledRule]>,
     /// The trie of their paths, if other hosts have the same; else it is beside
-    /// the host. Boxed, because a pointer of one word makes the entry a line shorter.
+    /// the host. Boxed, because a pointer of one word takes fewer lines of the cache.
     trie: Option<Arc<Box<[u8]>>>,
 }
 
-impl Entry<CompiledHost> {
-    fn trie(&self) -> &[u8] {
-        match &self.value().trie {
+impl<'r> Entry<'r, CompiledHost> {
+    fn trie(&self) -> &'r [u8] {
+        match &self.value.trie {
             Some(trie) => trie,
-            None => self.bytes(),
+            None => self.bytes,
         }
     }
 }
@@ -125,10 +125,8 @@ pub struct CompiledRule {
 pub struct CompiledPassthrough {
     /// The argument of [`Router::pool`].
     pub pool: u32,
-    /// `None` takes the process-wide value.
-    pub connect_timeout: Option<Duration>,
-    /// The PROXY header that endpoints want.
-    pub proxy_protocol: Option<proxy_protocol::Version>,
+    /// As it is in the table.
+    pub desired: Arc<Passthrough>,
 }
 
 /// What a rule does with a request.
@@ -193,7 +191,7 @@ impl Router {
     pub fn find(&self, host: &str, path: &[u8]) -> Found<'_> {
         let Some(host) = self.hosts.find(host) else { return Found::NoHost };
         match path_trie::find(host.trie(), path) {
-            Some(rule) => Found::Rule(&host.value().rules[rule as usize]),
+            Some(rule) => Found::Rule(&host.value.rules[rule as usize]),
             None => Found::NoPath,
         }
     }
@@ -208,7 +206,7 @@ impl Router {
     /// wildcard that is passed through.
     pub fn passthrough(&self, server_name: &str) -> Option<&CompiledPassthrough> {
         let (found, exact) = self.passthrough.find_named(server_name)?;
-        (exact || !self.hosts.has_exact(server_name)).then_some(found.value())
+        (exact || !self.hosts.has_exact(server_name)).then_some(found.value)
     }
 
     /// The pool in `slot`, as found in a [`crate::split::CompiledBackend`] of this router.
@@ -235,7 +233,7 @@ impl Router {
     /// own, else the wildcard's one label up, else any host's. `None`: use
     /// [`RoutingTable::default_certificate`].
     pub fn certificates(&self, server_name: &str) -> Option<&[Arc<Certificate>]> {
-        self.certificates.find(server_name).map(|entry| entry.value().as_slice())
+        self.certificates.find(server_name).map(|entry| entry.value.as_slice())
     }
 
     /// What this was compiled from.

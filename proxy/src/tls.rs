@@ -99,6 +99,8 @@ impl Tls {
             .with_protocol_versions(versions)?
             .with_no_client_auth()
             .with_cert_resolver(resolver.clone());
+        // As ingress-nginx's `ssl-prefer-server-ciphers`: a client that lists a weak one first does not get it.
+        config.ignore_client_order = true;
         config.alpn_protocols = alpn(options.http2);
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.ticketer = tickets;

@@ -82,18 +82,18 @@ fn peer(
     let file = folder.join("configuration.yaml");
     fs::write(&file, configuration(http1.port(), http2.port(), upstream.port(), &folder)).unwrap();
     let log = fs::File::create(folder.join("log")).unwrap();
-    let process = Command::new(binary)
+    let spawned = Command::new(binary)
         .args(arguments)
         .arg(&file)
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
-        .spawn()
-        .unwrap();
+        .spawn();
+    let process = Killed(spawned.unwrap());
     let listens = |address| TcpStream::connect(address).is_ok();
     for _ in 0..200 {
         if listens(http1) && listens(http2) {
-            let _process = Running::Peer(Killed(process));
+            let _process = Running::Peer(process);
             return Subject { name, version, http1, http2, heard, _process };
         }
         std::thread::sleep(Duration::from_millis(50));

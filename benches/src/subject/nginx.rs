@@ -48,9 +48,9 @@ fn configuration(site: &Site) -> String {
     let mut pools = String::new();
     let mut servers = String::new();
     let pool = |pools: &mut String, name: &str| {
-        let _ = write!(
+        let _ = writeln!(
             pools,
-            "    upstream {name} {{ server {backend}; keepalive 1024; keepalive_requests 1000000000; }}\n"
+            "    upstream {name} {{ server {backend}; keepalive 1024; keepalive_requests 1000000000; }}"
         );
     };
     if !task.apart {

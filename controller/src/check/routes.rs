@@ -1,7 +1,12 @@
 //! The routes of a table as rows for people and programs.
 
+use std::sync::Arc;
+
 use lockgate_proxy::RoutingTable;
-use lockgate_proxy::table::{Action, Backend, HostPattern, PathMatch, PoolKey, Rule, Split, Sticky, When};
+use lockgate_proxy::table::{
+    Action, Backend, HostPattern, L4Listener, ListenerKey, Origin, PathMatch, PoolKey, Rule, Split, Sticky,
+    When,
+};
 use serde::Serialize;
 
 use crate::text::{Text, Tone, count, printable};
@@ -19,6 +24,9 @@ pub(crate) struct Route {
     pub(crate) origin: String,
     /// A certificate of the table covers the host.
     pub(crate) tls: bool,
+    /// TLS goes unopened to endpoints of this pool.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) passthrough: Option<String>,
     /// Plaintext requests are sent to https.
     pub(crate) https_redirect: bool,
     /// What is answered instead of forwarding.
@@ -47,6 +55,36 @@ pub(crate) struct Share {
     pub(crate) endpoints: usize,
 }
 
+/// One port that is relayed as it is.
+#[derive(Debug, PartialEq, Serialize)]
+pub(crate) struct Port {
+    /// `tcp/0.0.0.0:5432`
+    pub(crate) listener: String,
+    /// The object that asked for it: `ConfigMap ingress-nginx/tcp-services`.
+    pub(crate) origin: String,
+    /// `namespace/service:port`
+    pub(crate) service: String,
+    /// How many endpoints there are now.
+    pub(crate) endpoints: usize,
+    /// Clients begin with a PROXY header.
+    pub(crate) reads_proxy_header: bool,
+    /// Endpoints are sent one.
+    pub(crate) writes_proxy_header: bool,
+}
+
+/// Every port, TCP first.
+pub(crate) fn ports(table: &RoutingTable) -> Vec<Port> {
+    let port = |(key, listener): (&ListenerKey, &Arc<L4Listener>)| Port {
+        listener: key.to_string(),
+        origin: origin_text(&listener.origin),
+        service: listener.pool.0.split('#').next().unwrap_or_default().to_owned(),
+        endpoints: endpoints(table, &listener.pool),
+        reads_proxy_header: listener.proxy_protocol.accept,
+        writes_proxy_header: listener.proxy_protocol.send.is_some(),
+    };
+    table.listeners.iter().map(port).collect()
+}
+
 /// Every rule, by host and path.
 pub(crate) fn routes(table: &RoutingTable) -> Vec<Route> {
     let mut routes = Vec::new();
@@ -69,8 +107,9 @@ fn route(table: &RoutingTable, pattern: &HostPattern, rule: &Rule) -> Route {
         host: host_text(pattern),
         path: rule.path.as_str().to_owned(),
         path_type: path_type(&rule.path),
-        origin: origin_text(rule),
+        origin: origin_text(&rule.origin),
         tls: certificate_pattern(table, pattern.as_str()).is_some(),
+        passthrough: table.passthrough.get(pattern).map(|passed| passed.pool.0.to_string()),
         https_redirect: rule.https_redirect,
         answer,
         backends: split.map(|split| shares(table, split)).unwrap_or_default(),
@@ -91,8 +130,8 @@ pub(crate) fn path_type(path: &PathMatch) -> &'static str {
     }
 }
 
-pub(crate) fn origin_text(rule: &Rule) -> String {
-    format!("{} {}/{}", rule.origin.kind, rule.origin.namespace, rule.origin.name)
+pub(crate) fn origin_text(origin: &Origin) -> String {
+    format!("{} {}/{}", origin.kind, origin.namespace, origin.name)
 }
 
 /// The certificate entry for a host: its own, else the wildcard's one label up,
@@ -174,6 +213,23 @@ pub(crate) fn print(text: &mut Text, routes: &[Route]) {
     text.table(2, &rows);
 }
 
+/// The table of ports as text.
+pub(crate) fn print_ports(text: &mut Text, ports: &[Port]) {
+    let head = ["LISTENER", "TO"].map(|title| (Tone::Faint, title.to_owned()));
+    let row = |port: &Port| {
+        let mut to = format!("{}  {}", port.service, endpoint_text(port.endpoints));
+        to.push_str(match (port.reads_proxy_header, port.writes_proxy_header) {
+            (true, true) => "  [PROXY header read and written]",
+            (true, false) => "  [PROXY header read]",
+            (false, true) => "  [PROXY header written]",
+            (false, false) => "",
+        });
+        vec![(Tone::Plain, port.listener.clone()), (Tone::Plain, printable(&to))]
+    };
+    let rows: Vec<_> = std::iter::once(head.to_vec()).chain(ports.iter().map(row)).collect();
+    text.table(2, &rows);
+}
+
 fn targets(route: &Route) -> Vec<(Tone, String)> {
     let mut lines = Vec::new();
     if let Some(answer) = &route.answer {
@@ -193,6 +249,10 @@ fn targets(route: &Route) -> Vec<(Tone, String)> {
     lines.extend(route.sticky.iter().map(|sticky| (Tone::Faint, sticky.clone())));
     if let Some((_, first)) = lines.first_mut() {
         match (route.tls, route.https_redirect) {
+            (_, true) if route.passthrough.is_some() => {
+                first.push_str("  [tls passed through, http redirected]")
+            }
+            (_, false) if route.passthrough.is_some() => first.push_str("  [tls passed through]"),
             (true, true) => first.push_str("  [tls, http redirected]"),
             (true, false) => first.push_str("  [tls]"),
             (false, true) => first.push_str("  [http redirected]"),

@@ -68,11 +68,14 @@ fn json(text: &[u8]) -> Result<Vec<Document>, SyntaxError> {
     let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
     let mut values = serde_json::Deserializer::from_slice(text).into_iter::<Value>();
     let mut found = Vec::new();
+    // Lines are counted on from the document before: from the top each time, a file of many would take its square.
+    let (mut line, mut counted) = (1, 0);
     loop {
         let rest = &text[values.byte_offset()..];
         let blank = rest.iter().position(|byte| !byte.is_ascii_whitespace()).unwrap_or(rest.len());
-        let before = &text[..text.len() - rest.len() + blank];
-        let line = 1 + before.iter().filter(|byte| **byte == b'\n').count();
+        let start = text.len() - rest.len() + blank;
+        line += text[counted..start].iter().filter(|byte| **byte == b'\n').count();
+        counted = start;
         match values.next() {
             None => return Ok(found),
             Some(Ok(Value::Null)) => {}

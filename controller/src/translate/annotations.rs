@@ -10,10 +10,11 @@ use crate::objects::{Labels, Notice};
 
 pub(super) const PREFIX: &str = "nginx.ingress.kubernetes.io/";
 pub(super) const STICKY: &str = "lockgate.io/canary-sticky";
+pub(super) const PASSTHROUGH_HEADER: &str = "lockgate.io/ssl-passthrough-proxy-protocol";
 
 /// The annotations of our own; a name that is none of them is reported.
 fn own() -> impl Iterator<Item = &'static str> {
-    [STICKY].into_iter().chain(resilience::KEYS)
+    [STICKY, PASSTHROUGH_HEADER].into_iter().chain(resilience::KEYS)
 }
 
 /// What an annotation means here.
@@ -45,11 +46,13 @@ enum Enabled {
     Set,
     /// By any value but zero.
     NotZero,
+    /// By what is no number; by a number it is implemented.
+    NotANumber,
     /// By configuration text with any directive that is not known to be harmless.
     Snippet,
 }
 
-use Enabled::{NotZero, Set, Snippet};
+use Enabled::{NotANumber, NotZero, Set, Snippet};
 use Meaning::{NoEffect, NotYet, NotYetOfCanary, OfCanary, Restricts, RestrictsHost, Served, Tunes};
 
 const BUFFERS: &str = "bodies are streamed with bounded buffers";
@@ -127,14 +130,14 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("global-rate-limit-key",                    Tunes),
     ("global-rate-limit-window",                 Tunes),
     ("http2-push-preload",                       NoEffect("browsers and nginx removed HTTP/2 push")),
-    ("limit-allowlist",                          Tunes),
-    ("limit-burst-multiplier",                   Tunes),
-    ("limit-connections",                        Restricts(NotZero)),
+    ("limit-allowlist",                          Served),
+    ("limit-burst-multiplier",                   Served),
+    ("limit-connections",                        Restricts(NotANumber)),
     ("limit-rate",                               Restricts(NotZero)),
     ("limit-rate-after",                         Tunes),
-    ("limit-rpm",                                Restricts(NotZero)),
-    ("limit-rps",                                Restricts(NotZero)),
-    ("limit-whitelist",                          Tunes),
+    ("limit-rpm",                                Restricts(NotANumber)),
+    ("limit-rps",                                Restricts(NotANumber)),
+    ("limit-whitelist",                          Served),
     ("load-balance",                             OfCanary),
     ("mirror-host",                              NotYet("")),
     ("mirror-request-body",                      NotYet("on")),
@@ -189,7 +192,7 @@ const KNOWN: [(&str, Meaning); 145] = [
     ("session-cookie-samesite",                  NotYetOfCanary("")),
     ("session-cookie-secure",                    NotYetOfCanary("")),
     ("ssl-ciphers",                              NoEffect(MODERN_TLS)),
-    ("ssl-passthrough",                          RestrictsHost(Set)),
+    ("ssl-passthrough",                          Served),
     ("ssl-prefer-server-ciphers",                NoEffect(MODERN_TLS)),
     ("ssl-redirect",                             Served),
     ("stream-snippet",                           NotYet("")),
@@ -225,7 +228,8 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
     for (key, value) in annotations {
         let Some(name) = key.strip_prefix(PREFIX) else {
             if key.starts_with("lockgate.io/") && !own().any(|own| own == &**key) {
-                notices.push(unknown(key, nearest_of(own(), key).unwrap_or_default().to_owned()));
+                let nearest = own().min_by_key(|own| edits(key.get(..64).unwrap_or(key), own));
+                notices.push(unknown(key, nearest.unwrap_or_default().to_owned()));
             } else if canary && resilience::KEYS.contains(&&**key) {
                 notices.push(Notice::info(field(key), ON_CANARY));
             }
@@ -244,7 +248,11 @@ pub(super) fn classify(annotations: &Labels, canary: bool, notices: &mut Vec<Not
         let whole_host = matches!(meaning, RestrictsHost(_));
         if restricts(meaning, value) && closed.as_ref().is_none_or(|closed| whole_host && !closed.whole_host)
         {
-            let reason = format!("annotation {name} restricts access and is not implemented yet").into();
+            let problem = match meaning {
+                Restricts(NotANumber) => "is no number",
+                _ => "is not implemented yet",
+            };
+            let reason = format!("annotation {name} restricts access and {problem}").into();
             closed = Some(Closed { reason, whole_host });
         }
     }
@@ -260,6 +268,7 @@ fn restricts(meaning: &Meaning, value: &str) -> bool {
     match enabled {
         Set => true,
         NotZero => value.parse() != Ok(0u64),
+        NotANumber => value.parse::<u64>().is_err(),
         Snippet => !is_harmless(value),
     }
 }
@@ -267,6 +276,13 @@ fn restricts(meaning: &Meaning, value: &str) -> bool {
 fn notice(key: &str, name: &str, value: &str, meaning: &Meaning) -> Option<Notice> {
     let field = field(key);
     match meaning {
+        Restricts(NotANumber) if restricts(meaning, value) => Some(Notice::error(
+            field,
+            format!(
+                "{name} restricts access, and {value:?} is no number: the routes of this Ingress answer 503"
+            ),
+            "write a whole number; 0 is no limit",
+        )),
         Restricts(_) | RestrictsHost(_) if restricts(meaning, value) => {
             let routes = match meaning {
                 RestrictsHost(_) => "all routes of its hosts",
@@ -350,15 +366,11 @@ fn is_harmless(snippet: &str) -> bool {
 
 /// The known key that `name` most likely is a misspelling of.
 fn nearest(name: &str) -> Option<&'static str> {
-    nearest_of(KNOWN.iter().map(|(known, _)| *known), name)
-}
-
-fn nearest_of(known: impl Iterator<Item = &'static str>, name: &str) -> Option<&'static str> {
     // Long enough for every known key; also bounds the work a hostile key can cause.
     if name.len() > 64 {
         return None;
     }
-    let (distance, known) = known.map(|known| (edits(name, known), known)).min()?;
+    let (distance, known) = KNOWN.iter().map(|(known, _)| (edits(name, known), *known)).min()?;
     (distance <= 3 && distance * 3 < name.len()).then_some(known)
 }
 
@@ -407,6 +419,10 @@ mod tests {
             ("enable-modsecurity", "false", None, false),
             ("enable-modsecurity", "sure", Some(Error), true),
             ("limit-rps", "0", None, false),
+            ("limit-rps", "5", None, false),
+            ("limit-rps", "-5", Some(Error), true),
+            ("limit-rate", "5", Some(Error), true),
+            ("ssl-passthrough", "true", None, false),
             ("limit-rps", "five", Some(Error), true),
             ("limit-rate-after", "5", None, false),
             ("whitelist-source-range", "10.0.0.0/8", Some(Error), true),

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use lockgate_proxy::table::{
-    Action, Backend, Balance, Host, HostPattern, PathMatch, PoolKey, Rule, Split, UpstreamProtocol,
+    Action, Backend, Balance, Host, HostPattern, Passthrough, PathMatch, PoolKey, Rule, Split,
+    UpstreamProtocol,
 };
 
+use super::annotations::{PREFIX, field};
 use super::canary::{self, Member};
 use super::plan::{Age, Path, Place, Plan, Target};
 use crate::objects::{Notice, PortRef};
@@ -44,6 +46,8 @@ impl PoolId {
 pub(super) struct Outcome {
     /// `None` if no Ingress has a rule for it.
     pub(super) host: Option<Host>,
+    /// Where its TLS goes unopened.
+    pub(super) passthrough: Option<Passthrough>,
     pub(super) found: Found,
 }
 
@@ -87,8 +91,9 @@ pub(super) fn build(host: &HostPattern, plans: &[Arc<Plan>]) -> Outcome {
     for plan in &mainlines {
         builder.report_closed(plan);
     }
+    let passthrough = builder.passthrough(&mainlines);
     let known = !builder.rules.is_empty() || mainlines.iter().any(|plan| plan.hosts.contains_key(host));
-    builder.finish(known)
+    builder.finish(known, passthrough)
 }
 
 /// A rule in the making.
@@ -227,19 +232,84 @@ impl<'a> Builder<'a> {
         members.push(Draft { plan, target, place });
     }
 
-    fn finish(mut self, known: bool) -> Outcome {
+    /// Where TLS of this host goes unopened. As in ingress-nginx, the first
+    /// Ingress that names the host decides.
+    fn passthrough(&mut self, mainlines: &[&'a Arc<Plan>]) -> Option<Passthrough> {
+        let mut naming = mainlines.iter().copied().filter(|plan| plan.hosts.contains_key(self.host));
+        let first = naming.next()?;
+        if !first.settings.passthrough {
+            for other in naming.filter(|other| other.settings.passthrough) {
+                let (host, first) = (self.shown(), &first.age.key);
+                let message = format!("TLS of {host} ends here: so Ingress {first} wants it, which {FIRST}");
+                self.notice(other, Notice::warning(passthrough_field(), message, "use another host"));
+            }
+            return None;
+        }
+        if self.closed(first).is_some() {
+            return None;
+        }
+        let host = self.shown();
+        let (owner, service, port) = match self.everything() {
+            Ok(target) => target,
+            Err((problem, remedy)) => {
+                let message = format!("TLS of {host} ends here: {problem}");
+                self.notice(first, Notice::error(passthrough_field(), message, remedy));
+                return None;
+            }
+        };
+        let message = format!(
+            "TLS of {host} goes to endpoints unopened; ingress-nginx does that only with --enable-ssl-passthrough"
+        );
+        self.notice(first, Notice::info(passthrough_field(), message));
+        for other in naming.filter(|other| !other.settings.passthrough) {
+            let (host, first) = (self.shown(), &first.age.key);
+            let message =
+                format!("Ingress {first} passes TLS of {host} through: these routes take plain HTTP alone");
+            self.notice(other, Notice::warning(".spec.rules", message, "use another host"));
+        }
+        Some(Passthrough {
+            pool: self.pool(owner, service, port, owner.settings.protocol),
+            origin: first.origin.clone(),
+            connect_timeout: first.settings.limits.connect_timeout,
+            proxy_protocol: first.settings.passthrough_header,
+        })
+    }
+
+    /// The Service of path `/`, to which everything can go. An error is the problem and its remedy.
+    fn everything(&self) -> Result<(&'a Arc<Plan>, &'a Key, &'a PortRef), (&'static str, &'static str)> {
+        if self.host.as_str().is_empty() {
+            return Err(("a rule without host cannot be known by its name", "name a host"));
+        }
+        let root: Arc<str> = "/".into();
+        let paths =
+            [PathMatch::Prefix(root.clone()), PathMatch::StringPrefix(root.clone()), PathMatch::Exact(root)];
+        match paths.iter().find_map(|path| self.rules.get(path)).map(|draft| (draft.plan, draft.target)) {
+            // Its other annotations would not be asked.
+            Some((owner, _)) if !owner.settings.passthrough || self.closed(owner).is_some() => {
+                Err(("its path / belongs to another Ingress", "annotate that one, too"))
+            }
+            Some((owner, Target::Service { service, port })) => Ok((owner, service, port)),
+            _ => Err(("it has no path / with a Service to go to", "add path /, of type Prefix")),
+        }
+    }
+
+    fn finish(mut self, known: bool, passthrough: Option<Passthrough>) -> Outcome {
         let mut rules = Vec::with_capacity(self.rules.len());
         for (path, draft) in std::mem::take(&mut self.rules) {
             let canaries = self.canaries.remove(&path).unwrap_or_default();
             rules.push(Rule {
                 path,
                 origin: draft.plan.origin.clone(),
-                https_redirect: draft.plan.redirects(self.host),
+                // What speaks TLS behind it does not understand HTTP in the clear.
+                https_redirect: draft.plan.redirects(self.host)
+                    || passthrough.is_some()
+                        && draft.plan.settings.passthrough
+                        && draft.plan.settings.redirect,
                 action: self.action(&draft, &canaries),
                 limits: draft.plan.settings.limits.clone(),
             });
         }
-        Outcome { host: known.then_some(Host { rules }), found: self.found }
+        Outcome { host: known.then_some(Host { rules }), passthrough, found: self.found }
     }
 
     fn action(&mut self, draft: &Draft<'_>, canaries: &[Draft<'_>]) -> Action {
@@ -292,6 +362,10 @@ impl<'a> Builder<'a> {
         }
         key
     }
+}
+
+fn passthrough_field() -> String {
+    field(&format!("{PREFIX}ssl-passthrough"))
 }
 
 fn shown_path(path: &PathMatch) -> String {

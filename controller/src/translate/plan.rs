@@ -88,7 +88,10 @@ impl Plan {
     pub(super) fn new(ingress: &Ingress) -> Plan {
         let key = Key::from(&ingress.meta);
         let mut notices = Vec::new();
-        let settings = settings(&ingress.annotations, &mut notices);
+        let mut settings = settings(&ingress.annotations, &mut notices);
+        if let Some(limits) = &mut settings.limits.per_client {
+            Arc::make_mut(limits).zone = key.to_string().into();
+        }
         let closed = classify(&ingress.annotations, settings.canary.is_some(), &mut notices);
         let default_backend = ingress
             .default_backend

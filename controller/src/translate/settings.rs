@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use lockgate_proxy::proxy_protocol::Version;
 use lockgate_proxy::table::{Balance, RuleLimits, Sticky, UpstreamProtocol, When};
 
-use super::annotations::{PREFIX, STICKY, field};
+use super::annotations::{PASSTHROUGH_HEADER, PREFIX, STICKY, field};
 use super::resilience::resilience;
 use crate::objects::{Labels, Notice};
+
+mod per_client;
 
 /// What the annotations of one Ingress ask for.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,6 +23,10 @@ pub(super) struct Settings {
     /// Overrides the Service's `appProtocol`.
     pub(super) protocol: Option<UpstreamProtocol>,
     pub(super) balance: Option<Balance>,
+    /// TLS of its hosts goes to the endpoints unopened.
+    pub(super) passthrough: bool,
+    /// And they are told of the client by this header.
+    pub(super) passthrough_header: Option<Version>,
     /// Set on a canary Ingress.
     pub(super) canary: Option<Canary>,
 }
@@ -57,10 +64,12 @@ pub(super) fn settings(annotations: &Labels, notices: &mut Vec<Notice>) -> Setti
             read_timeout: reader.seconds("proxy-read-timeout"),
             max_body: reader.size("proxy-body-size"),
             resilience: resilience(reader.annotations, reader.notices),
-            per_client: None,
+            per_client: reader.per_client(),
         },
         protocol: reader.protocol(),
         balance,
+        passthrough: reader.flag("ssl-passthrough", false),
+        passthrough_header: reader.passthrough_header(),
         canary,
     }
 }
@@ -152,6 +161,19 @@ impl<'a> Reader<'a> {
             other => {
                 let message = format!("{other:?} is not implemented: round_robin is used");
                 self.warn("load-balance", message, "use round_robin or ewma");
+                None
+            }
+        }
+    }
+
+    fn passthrough_header(&mut self) -> Option<Version> {
+        match self.annotations.get(PASSTHROUGH_HEADER)?.trim() {
+            "v1" => Some(Version::V1),
+            "v2" => Some(Version::V2),
+            "" => None,
+            other => {
+                let message = format!("{other:?} is no version of the PROXY protocol: no header is sent");
+                self.notices.push(Notice::warning(field(PASSTHROUGH_HEADER), message, "write v1 or v2"));
                 None
             }
         }

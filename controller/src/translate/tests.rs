@@ -22,7 +22,7 @@ const HOSTS: [&str; 6] = ["a.x", "b.x", "*.x", "", "A.x:80", "10.0.0.1"];
 const PATHS: [&str; 6] = ["/", "/a", "/a/", "/a/b", "", "a"];
 const TYPES: [&str; 4] = ["Prefix", "Exact", "ImplementationSpecific", "prefix"];
 const NAMES: [&str; 5] = ["one", "two", "three", "four", "five"];
-const ANNOTATIONS: [(&str, &str); 17] = [
+const ANNOTATIONS: [(&str, &str); 19] = [
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary", "true"),
     ("nginx.ingress.kubernetes.io/canary-weight", "30"),
@@ -34,6 +34,8 @@ const ANNOTATIONS: [(&str, &str); 17] = [
     ("nginx.ingress.kubernetes.io/backend-protocol", "GRPC"),
     ("nginx.ingress.kubernetes.io/ssl-redirect", "false"),
     ("nginx.ingress.kubernetes.io/auth-url", "http://auth"),
+    ("nginx.ingress.kubernetes.io/limit-rps", "5"),
+    ("nginx.ingress.kubernetes.io/ssl-passthrough", "true"),
     ("nginx.ingress.kubernetes.io/rewrite-target", "/"),
     ("lockgate.io/canary-sticky", "cookie"),
     ("lockgate.io/request-timeout", "30s"),
@@ -183,8 +185,17 @@ fn cluster_scoped(mut meta: Meta) -> Meta {
     meta
 }
 
+fn config_map(rng: &mut Rng) -> Object {
+    let data = many(rng, 3, |rng| {
+        let port = pick(rng, &["9000", "9001", "53", "port"]);
+        let text = format!("n/{}:{}", pick(rng, &NAMES), pick(rng, &["80", "http", "81:PROXY"]));
+        (port.into(), if rng.u8(..8) == 0 { "nothing".into() } else { text.into() })
+    });
+    Object::ConfigMap(ConfigMap { meta: meta(rng), data: data.into_iter().collect() })
+}
+
 fn object(rng: &mut Rng) -> Object {
-    match rng.u8(..20) {
+    match rng.u8(..22) {
         0..8 => ingress(rng),
         8..11 => service(rng),
         11..13 => slice(rng),
@@ -198,6 +209,7 @@ fn object(rng: &mut Rng) -> Object {
             };
             Object::IngressClass(IngressClass { meta: Meta { name: "own".into(), ..class.meta }, ..class })
         }
+        19..21 => config_map(rng),
         _ => Object::Node(Node {
             meta: cluster_scoped(meta(rng)),
             zone: maybe(rng, 0.7, |rng| pick(rng, &["west", "north"]).into()),
@@ -210,6 +222,12 @@ fn options(rng: &mut Rng) -> Options {
         ingress_class: maybe(rng, 0.4, |_| "own".to_owned()),
         require_class: rng.u8(..4) == 0,
         default_certificate: maybe(rng, 0.4, |rng| Key::new("n", pick(rng, &NAMES))),
+        streams: StreamOptions {
+            tcp_services: maybe(rng, 0.6, |rng| Key::new("n", pick(rng, &NAMES))),
+            udp_services: maybe(rng, 0.6, |rng| Key::new("n", pick(rng, &NAMES))),
+            reserved: [9001].into(),
+            ..StreamOptions::default()
+        },
     }
 }
 
@@ -228,6 +246,10 @@ fn check_invariants(desired: &Desired, store: &Store) {
             assert!(split.overrides.iter().all(|one| (1..split.backends.len()).contains(&one.backend)));
             named.extend(split.backends.iter().map(|backend| backend.pool.clone()));
         }
+    }
+    for (key, listener) in &desired.routes.listeners {
+        assert!(desired.routes.pools.contains_key(&listener.pool), "{key} goes nowhere");
+        named.insert(listener.pool.clone());
     }
     for (key, pool) in &desired.routes.pools {
         assert!(named.contains(key), "no rule names {key:?}");

@@ -85,7 +85,7 @@ async fn run(args: &IngressArgs, started: &Started, stopped: oneshot::Receiver<(
     let state = Arc::new(AdminState::default());
     let admin = admin::start(args.admin_addr, state.clone()).expect("admin");
     let (mut folder, snapshot) = Folder::open(&args.manifests, args.folder()).expect("a folder");
-    let mut translation = Translation::new(args.objects.options());
+    let mut translation = Translation::new(args.options());
     translation.update(&snapshot);
     let (proxy, publisher) = Proxy::start(args.config()).expect("ports");
     let mut publishing = Publishing::new(publisher, proxy.live().clone());

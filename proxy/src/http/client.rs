@@ -60,6 +60,8 @@ impl Client {
         let mut client = Client { peer, trusted, scheme, port: local.port(), tls, block: Vec::new() };
         let mut block = Vec::with_capacity(192);
         client.write_lines(&mut block, peer.ip(), &[], scheme.as_str(), client.port);
+        // It lives as long as the connection; the room to write it in need not.
+        block.shrink_to_fit();
         client.block = block;
         client
     }

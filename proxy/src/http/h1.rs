@@ -91,18 +91,26 @@ pub(super) struct Shape {
 }
 
 /// Serves a connection until it ends.
-pub(crate) async fn serve(worker: Rc<Worker>, conn: Conn, client: Client, presence: Presence, input: Buffer) {
+pub(crate) fn serve(
+    worker: Rc<Worker>,
+    conn: Conn,
+    client: Client,
+    presence: Presence,
+    input: Buffer,
+) -> impl Future<Output = ()> {
     let now = Instant::now();
     let timer = Timer::new(now + worker.config.timeouts.keep_alive);
     let mut this = Http1 { worker, client, conn, timer, input, presence, held: None, now };
-    loop {
-        match this.request().await {
-            Next::Again => {}
-            Next::Close(sending) => return this.close(sending).await,
-            Next::Tunnel(upstream, early) => {
-                let Http1 { worker, conn, input, timer, held: _held, .. } = this;
-                let tunnel = super::tunnel::run(&worker, conn, *upstream, input, early, timer);
-                return Box::pin(tunnel).await;
+    async move {
+        loop {
+            match this.request().await {
+                Next::Again => {}
+                Next::Close(sending) => return this.close(sending).await,
+                Next::Tunnel(upstream, early) => {
+                    let Http1 { worker, conn, input, timer, held: _held, .. } = this;
+                    let tunnel = super::tunnel::run(&worker, conn, *upstream, input, early, timer);
+                    return Box::pin(tunnel).await;
+                }
             }
         }
     }
@@ -116,21 +124,26 @@ impl Http1 {
         let started = Instant::now();
         let deadline = started + self.worker.config.timeouts.header;
         let mut read_first = false;
-        loop {
+        let reject = loop {
             match self.fill_head(deadline, read_first).await {
                 Ok(true) => {}
                 Ok(false) => return Next::Close(false),
-                Err(reject) => return self.refuse(started, reject).await,
+                Err(reject) => break reject,
             }
             let router = self.worker.router();
             let mut out = Output::take();
-            match self.plan(&router, &mut out) {
-                Ok(Some(mut plan)) => return self.carry_out(started, &router, &mut plan, &mut out).await,
+            let mut plan = match self.plan(&router, &mut out) {
+                Ok(Some(plan)) => plan,
                 // Empty lines before the request line look like the end of a head.
-                Ok(None) => read_first = true,
-                Err(reject) => return self.refuse(started, reject).await,
-            }
-        }
+                Ok(None) => {
+                    read_first = true;
+                    continue;
+                }
+                Err(reject) => break reject,
+            };
+            return self.carry_out(started, &router, &mut plan, &mut out).await;
+        };
+        self.refuse(started, reject).await
     }
 
     /// Waits between requests, without a buffer. False: close.
@@ -370,7 +383,7 @@ impl Http1 {
     }
 
     /// Ends the connection; if the client may still be sending, reads on for a moment.
-    async fn close(mut self, sending: bool) {
+    async fn close(&mut self, sending: bool) {
         let deadline = Instant::now() + LINGER;
         let shut = self.timer.within(deadline, self.conn.shutdown()).await;
         if !sending || !matches!(shut, Ok(Ok(()))) {
@@ -379,7 +392,7 @@ impl Http1 {
         let mut left = LINGER_BYTES;
         self.input.clear();
         loop {
-            let Http1 { conn, input, timer, .. } = &mut self;
+            let Http1 { conn, input, timer, .. } = self;
             match timer.within(deadline, poll_fn(|cx| conn.poll_fill(cx, input))).await {
                 Ok(Ok(n)) if n > 0 && n <= left => {
                     left -= n;

@@ -9,7 +9,7 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -393,13 +393,8 @@ impl Listener {
 
 /// A socket that takes datagrams only from `endpoint`, and learns if its host refuses them.
 fn connect(endpoint: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = Socket::new(Domain::for_address(endpoint), Type::DGRAM, Some(Protocol::UDP))?;
-    socket.set_nonblocking(true)?;
-    let any: SocketAddr = match endpoint {
-        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    socket.bind(&any.into())?;
+    let kind = Type::DGRAM.nonblocking();
+    let socket = Socket::new(Domain::for_address(endpoint), kind, Some(Protocol::UDP))?;
     socket.connect(&endpoint.into())?;
     UdpSocket::from_std(socket.into())
 }

@@ -90,6 +90,6 @@ fn pick(worker: &Worker, name: &str, tried: &[u64]) -> Option<(Rc<Upstream>, Opt
     let router = worker.router();
     let route = router.passthrough(name)?;
     let endpoint = router.pool(route.pool).pick(&worker.turns, clock::now_ms(), tried)?;
-    let patience = route.connect_timeout.unwrap_or(worker.config.timeouts.connect);
-    Some((worker.upstreams.of(&endpoint.live), route.proxy_protocol, patience))
+    let patience = route.desired.connect_timeout.unwrap_or(worker.config.timeouts.connect);
+    Some((worker.upstreams.of(&endpoint.live), route.desired.proxy_protocol, patience))
 }

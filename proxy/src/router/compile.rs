@@ -107,14 +107,14 @@ impl<'a> Patch<'a> {
                 self.set_host(pattern, compiled);
             }
             DiffItem::Update { old: (_, old), new: (pattern, host) } => {
-                let before = self.router.hosts.get(pattern).map(|host| host.value().clone());
+                let before = self.router.hosts.get(pattern).map(|host| host.value.clone());
                 let rules = OldRules::new(old, before.as_ref());
                 let compiled = self.compile_host(host, &rules);
                 self.retire(before.as_ref(), Some((&rules, host)));
                 self.set_host(pattern, compiled);
             }
             DiffItem::Remove(pattern, _) => {
-                let before = self.router.hosts.get(pattern).map(|host| host.value().clone());
+                let before = self.router.hosts.get(pattern).map(|host| host.value.clone());
                 self.retire(before.as_ref(), None);
                 self.router.hosts.remove(pattern);
             }
@@ -126,7 +126,7 @@ impl<'a> Patch<'a> {
         // Where it is does not change with what its rules do.
         let before = self.router.hosts.get(pattern).filter(|before| *before.trie() == *trie);
         let shared = match before {
-            Some(before) => before.value().trie.clone(),
+            Some(before) => before.value.trie.clone(),
             None => self.router.tries.get(&trie),
         };
         let beside: &[u8] = if shared.is_some() { &[] } else { &trie };
@@ -225,11 +225,7 @@ impl<'a> Patch<'a> {
             }
         };
         if let Some((pattern, new)) = new {
-            let compiled = CompiledPassthrough {
-                pool: self.acquire(&new.pool),
-                connect_timeout: new.connect_timeout,
-                proxy_protocol: new.proxy_protocol,
-            };
+            let compiled = CompiledPassthrough { pool: self.acquire(&new.pool), desired: new.clone() };
             self.router.passthrough.insert(pattern, compiled, b"");
         }
         self.old_keys.extend(old.map(|old| old.pool.clone()));

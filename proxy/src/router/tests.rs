@@ -151,7 +151,7 @@ fn check_invariants(router: &Router) {
     let mut seen = BTreeSet::new();
     for pattern in router.table.hosts.keys() {
         let host = router.hosts.get(pattern).expect("every host is compiled");
-        for rule in host.value().rules.iter() {
+        for rule in host.value.rules.iter() {
             if let CompiledAction::Forward(split) = &rule.action {
                 assert!(split.turn().is_none_or(|turn| seen.insert(turn)), "two splits share a turn");
             }
@@ -220,7 +220,7 @@ fn patching_gives_the_same_router_as_starting_over() {
 }
 
 fn rules_of(router: &Router, host: &str) -> Arc<[CompiledRule]> {
-    router.hosts.get(&HostPattern::new(host)).expect("host exists").value().rules.clone()
+    router.hosts.get(&HostPattern::new(host)).expect("host exists").value.rules.clone()
 }
 
 #[test]
@@ -355,7 +355,7 @@ fn hosts_with_the_same_paths_share_one_trie_from_the_second_on() {
     desired.hosts.insert(HostPattern::new("d"), Arc::new(Host { rules: vec![prefix("/", &[(0, 1)])] }));
     let mut router = Router::empty().compile(desired.clone(), &live);
     let shared = |router: &Router, host| {
-        router.hosts.get(&HostPattern::new(host)).and_then(|host| host.value().trie.clone())
+        router.hosts.get(&HostPattern::new(host)).and_then(|host| host.value.trie.clone())
     };
     for _ in 0..3 {
         assert!(shared(&router, "a").is_none() && shared(&router, "d").is_none());
