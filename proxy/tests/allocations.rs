@@ -344,7 +344,8 @@ fn over_tls() {
         println!("TLS, {}: {:.2} allocations per request", case.name, allocated as f64 / requests as f64);
         let large = case.request.len() > 4 << 10;
         let bound = requests * if large { TLS_ALLOCATIONS_LARGE } else { TLS_ALLOCATIONS };
-        if allocated > bound || freed > bound {
+        // What the last answers before counting were made of may be freed when counting has begun.
+        if allocated > bound || freed > bound + CONNECTIONS as u64 {
             found.push(format!("{}: {allocated}, {freed} in {requests} requests", case.name));
         }
     }

@@ -384,15 +384,11 @@ fn is_harmless(snippet: &str) -> bool {
 
 /// The known key that `name` most likely is a misspelling of.
 fn nearest(name: &str) -> Option<&'static str> {
-    nearest_of(KNOWN.iter().map(|(known, _)| *known), name)
-}
-
-fn nearest_of(known: impl Iterator<Item = &'static str>, name: &str) -> Option<&'static str> {
     // Long enough for every known key; also bounds the work a hostile key can cause.
     if name.len() > 64 {
         return None;
     }
-    let (distance, known) = known.map(|known| (edits(name, known), known)).min()?;
+    let (distance, known) = KNOWN.iter().map(|(known, _)| (edits(name, known), *known)).min()?;
     (distance <= 3 && distance * 3 < name.len()).then_some(known)
 }
 
