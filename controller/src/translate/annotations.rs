@@ -335,7 +335,8 @@ fn unknown(key: &str, nearest: String) -> Notice {
 
 /// An annotation under our own prefix that does not exist.
 pub(super) fn unknown_own(key: &str) -> Notice {
-    unknown(key, nearest_of(own(), key).unwrap_or_default().to_owned())
+    let nearest = own().min_by_key(|own| edits(key.get(..64).unwrap_or(key), own));
+    unknown(key, nearest.unwrap_or_default().to_owned())
 }
 
 /// Whether a Service may have it, too.
