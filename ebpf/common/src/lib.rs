@@ -354,13 +354,13 @@ const _: () = assert!(size_of::<Reverse>() == 56 * REVERSE_WAYS + 8 && align_of:
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReverseWay {
-    /// What the application named.
-    pub frontend: Address,
-    /// What it was sent to.
-    pub endpoint: Address,
-    /// What the application named; network byte order.
+    /// Address the application named, as `bpf_sock_addr` has it: words in network byte order, IPv4 mapped.
+    pub frontend: [u32; 4],
+    /// Address it was sent to; alike.
+    pub endpoint: [u32; 4],
+    /// Port the application named; network byte order.
     pub frontend_port: [u8; 2],
-    /// What it was sent to; network byte order.
+    /// Port it was sent to; network byte order.
     pub endpoint_port: [u8; 2],
     /// Index into `SERVICES`; host byte order.
     pub service: u32,
@@ -407,6 +407,8 @@ const _: () = assert!(size_of::<Allowed>() == 4);
 pub mod node_address {
     /// Node ports are served here.
     pub const NODE_PORTS: u32 = 1;
+    /// Only for sockets of the node's own network namespace: a loopback address, which each Pod has too.
+    pub const NODE_ONLY: u32 = 1 << 1;
 }
 
 /// The element of `SETTINGS`; host byte order. All zero works for socket load balancing.
@@ -449,7 +451,8 @@ pub enum Event {
     Reread = 6,
     /// The same more often than the bound, or an index beyond its map. Refused.
     Torn = 7,
-    /// No memory for the socket's storage: the reply would come from a foreign address. Refused.
+    /// No memory for the socket's storage. A single datagram is refused, for its reply would come from a
+    /// foreign address; a connection goes on and shows its endpoint.
     NoStorage = 8,
     /// An entry of a map could not be written because it is full; the connection went on.
     MapFull = 9,
