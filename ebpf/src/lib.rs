@@ -1,7 +1,11 @@
-//! User-space half of the service plane: the desired [`ServiceTable`]. What
-//! makes it live in the kernel is not written yet.
-#![forbid(unsafe_code)]
+//! User-space half of the service plane: the desired [`ServiceTable`], and the kernel's programs and maps.
+//!
+//! `unsafe` is in [`sys`] (bpf(2)) and [`shared`] (mapped arrays) alone.
 
+pub mod kernel;
+pub mod load;
+pub mod shared;
+pub mod sys;
 pub mod table;
 
 pub use table::ServiceTable;
