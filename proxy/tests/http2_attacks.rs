@@ -8,7 +8,7 @@ use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lockgate_proxy::metrics::{Breach, WorkerMetrics};
 use lockgate_proxy::table::{Host, HostPattern, PathMatch, UpstreamProtocol};
@@ -159,7 +159,7 @@ impl Subject {
 }
 
 fn until(mut happened: impl FnMut() -> bool) {
-    let start = Instant::now();
+    let start = tokio::time::Instant::now();
     while !happened() {
         assert!(start.elapsed() < toy::PATIENCE, "this should not take so long");
         std::thread::sleep(Duration::from_millis(5));
