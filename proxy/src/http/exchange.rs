@@ -390,8 +390,7 @@ impl Order<'_> {
                     }
                     let (interim, length) = interim_head(answer.filled())?;
                     answer.consume(length);
-                    // Boxed, as what is rare.
-                    if !Box::pin(source.interim(timer, &interim)).await {
+                    if !source.interim(timer, &interim).await {
                         return Err(Failure::Client);
                     }
                 }
