@@ -26,7 +26,7 @@ use super::{Http1, Next, Plan, Shape, send};
 const INLINE_BODY: usize = 8 << 10;
 
 /// Up to here a copy behind the head costs less than a write of several parts.
-const COPIED: usize = 4 << 10;
+const COPIED: usize = 2 << 10;
 
 /// The client's half of an HTTP/1 connection during one exchange.
 pub(super) struct FromClient<'c> {
