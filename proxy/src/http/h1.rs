@@ -408,14 +408,15 @@ impl Http1 {
 }
 
 /// Writes to a client. False: it is gone, or too slow in taking it.
-#[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
 pub(super) fn send(
     timer: &mut Timer,
     conn: &mut Conn,
     timeout: Duration,
     parts: [&[u8]; 3],
 ) -> impl Future<Output = bool> {
-    async move { matches!(timer.within(Instant::now() + timeout, conn.send(parts)).await, Ok(Ok(()))) }
+    // By hand, because an async block would hold the parts twice.
+    let mut sending = timer.within(Instant::now() + timeout, conn.send(parts));
+    poll_fn(move |cx| Pin::new(&mut sending).poll(cx).map(|sent| matches!(sent, Ok(Ok(())))))
 }
 
 fn notes(head: &RequestHead<'_, '_>, id: &RequestId) -> Notes {

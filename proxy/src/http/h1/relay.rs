@@ -97,9 +97,12 @@ impl Source for FromClient<'_> {
         if hung_up { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    async fn interim(&mut self, timer: &mut Timer, head: &[u8]) -> bool {
-        self.invited = true;
-        self.minor == 0 || send(timer, self.conn, self.write_timeout, [head, &[], &[]]).await
+    #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+    fn interim(&mut self, timer: &mut Timer, head: &[u8]) -> impl Future<Output = bool> {
+        async move {
+            self.invited = true;
+            self.minor == 0 || send(timer, self.conn, self.write_timeout, [head, &[], &[]]).await
+        }
     }
 }
 
