@@ -19,7 +19,7 @@ use rustix::fs::statfs;
 use rustix::mount::{MountFlags, mount};
 
 use crate::kernel::KernelMaps;
-use crate::sys::{open_pin, update_link};
+use crate::sys::{detach_link, open_pin, update_link};
 
 /// The programs, compiled by `ebpf/build`.
 static OBJECT: &[u8] = include_bytes_aligned!("../programs/lockgate.o");
@@ -116,14 +116,15 @@ pub fn load(options: &Options) -> Result<KernelMaps, LoadError> {
 
 /// Detaches everything and forgets every map. What is already gone is no error.
 pub fn remove(options: &Options) -> io::Result<()> {
-    // Links first: a program without its maps is never seen.
-    for path in [options.links(), options.pins()] {
-        match fs::remove_dir_all(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+    match fs::read_dir(options.links()) {
+        Ok(links) => links.into_iter().try_for_each(|link| remove_link(&link?.path()))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
     }
-    Ok(())
+    match fs::remove_dir_all(options.pins()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// The root of the cgroup file system of version 2: `/sys/fs/cgroup`, or below it on machines with both versions.
@@ -164,6 +165,14 @@ fn attach(
             Ok(())
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Detaches the link pinned at `path`, and unpins it: unpinned alone, it would go some time later.
+fn remove_link(path: &Path) -> io::Result<()> {
+    match open_pin(path).and_then(|link| detach_link(link.as_fd())).and_then(|()| fs::remove_file(path)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -65,6 +65,7 @@ mod command {
     pub(super) const MAP_UPDATE_BATCH: u32 = 26;
     pub(super) const MAP_DELETE_BATCH: u32 = 27;
     pub(super) const LINK_UPDATE: u32 = 29;
+    pub(super) const LINK_DETACH: u32 = 34;
 }
 
 /// Opens what is pinned at `path`: a map, a program or a link.
@@ -202,6 +203,14 @@ pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
     };
     // SAFETY: descriptors only; the kernel judges them.
     unsafe { bpf(command::LINK_UPDATE, &mut attributes) }.map(drop)
+}
+
+/// Ends a link: its hook does not run any more, who ever still holds it. That of a cgroup or device which has gone
+/// is at its end already.
+pub fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut link = link.as_raw_fd() as u32;
+    // SAFETY: a descriptor only; the kernel judges it.
+    unsafe { bpf(command::LINK_DETACH, &mut link) }.map(drop)
 }
 
 #[repr(C)]

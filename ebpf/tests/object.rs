@@ -1,4 +1,5 @@
 //! The committed object is made from the committed sources.
+#![allow(clippy::unwrap_used, reason = "a test says what it expects by panicking")]
 
 use std::path::Path;
 use std::process::Command;

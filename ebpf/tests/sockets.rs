@@ -1,4 +1,5 @@
 //! Socket load balancing in the kernel: real sockets, in a network namespace and a cgroup of the test's own.
+#![allow(clippy::unwrap_used, reason = "a test says what it expects by panicking")]
 
 #[path = "support/inside.rs"]
 mod inside;

@@ -1,6 +1,6 @@
 //! Which endpoint? Reads a set's word once, and its run; see the protocol in `lockgate_ebpf_common`.
 
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::arch::asm;
 
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_boot_ns};
 use lockgate_ebpf_common::{
@@ -151,9 +151,19 @@ fn place(used: &Use, size: u32, client_hash: u32) -> u32 {
 #[inline(always)]
 fn turn(index: u32) -> u32 {
     let Some(service) = SERVICES.get_ptr_mut(index) else { return 0 };
+    let mut turn = 1_u32;
     // SAFETY: the verifier knows the pointer as a value of the map; user space writes the field only before
-    // a frontend names the Service, so all that use it now use it atomically.
-    unsafe { AtomicU32::from_ptr(&raw mut (*service).turn) }.fetch_add(1, Ordering::Relaxed)
+    // a frontend names the Service, so all that use it now use it atomically. The instruction is the v3 one
+    // that also returns what was there; core's atomics have it for no size on this target.
+    unsafe {
+        asm!(
+            "{turn} = atomic_fetch_add((u32 *)({at} + 0), {turn})",
+            turn = inout(wreg) turn,
+            at = in(reg) &raw mut (*service).turn,
+            options(nostack),
+        );
+    }
+    turn
 }
 
 #[inline(always)]

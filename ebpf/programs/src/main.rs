@@ -10,6 +10,7 @@
 //! One function for each hook; the two families differ only in how an address is read and written.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod choice;
 mod frontend;

@@ -81,7 +81,10 @@ fn forwarded(context: &SockAddrContext, family: Family, sending: Sending) -> Ver
     let used =
         match find(asked.address, asked.port, protocol, |settings| namespace() == settings.node_namespace) {
             Found::Nothing => {
-                reverse::forget(context, asked);
+                // A connected IPv6 socket with a mapped peer comes here for each datagram, with the endpoint.
+                if !is_connected(context) {
+                    reverse::forget(context, asked);
+                }
                 return Verdict::Pass;
             }
             Found::UnknownPort => {
@@ -124,6 +127,14 @@ fn left_to_packets(used: &frontend::Use, cookie: u64) -> bool {
     let by_source = used.kind == kind::LOAD_BALANCER && used.flags & service::SOURCE_RANGES != 0;
     // SAFETY: only whether there is an element, which is not read.
     by_source || used.flags & service::GATEWAY != 0 || OPTED_OUT.get_ptr(&cookie).is_some()
+}
+
+#[inline(always)]
+fn is_connected(context: &SockAddrContext) -> bool {
+    /// `BPF_TCP_ESTABLISHED`; sockets of UDP use the same number.
+    const ESTABLISHED: u32 = 1;
+    // SAFETY: the kernel set the context's socket, and allows to read this field of it.
+    unsafe { (&raw const (*(*context.sock_addr).__bindgen_anon_1.sk).state).read_volatile() == ESTABLISHED }
 }
 
 #[inline(always)]

@@ -1,5 +1,6 @@
 //! A process of its own for each privileged test: its cgroup, network and mounts end with it, however it ends.
 
+use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -13,7 +14,7 @@ use lockgate_ebpf_common::{
     Endpoint, Event, Frontend, FrontendKey, Service, SetWord, Slot, endpoint, kind, mapped, scope,
 };
 use rustix::mount::{MountPropagationFlags, mount_change};
-use rustix::thread::UnshareFlags;
+use rustix::thread::{CapabilitySet, UnshareFlags, capabilities};
 
 /// Names the cgroup to the process inside.
 const INSIDE: &str = "LOCKGATE_TEST_CGROUP";
@@ -22,7 +23,7 @@ const DEADLINE: Duration = Duration::from_secs(120);
 
 /// Runs `body` as root in a process of its own. `name` is that of the test that calls. Without root: skips
 /// loudly, and fails in CI.
-pub fn run(name: &str, body: impl FnOnce(&mut World)) {
+pub(crate) fn run(name: &str, body: impl FnOnce(&mut World)) {
     if let Some(cgroup) = env::var_os(INSIDE) {
         let folder = enter(Path::new(&cgroup));
         let options =
@@ -37,28 +38,41 @@ pub fn run(name: &str, body: impl FnOnce(&mut World)) {
         });
         return;
     }
-    if !rustix::process::geteuid().is_root() {
-        assert!(env::var_os("CI").is_none(), "CI must run {name} as root");
-        eprintln!("SKIPPED {name}: it loads kernel programs, which takes root");
-        return;
-    }
-    let cgroup = Cgroup::new(name);
-    let status = Command::new(env::current_exe().unwrap())
+    let cgroup = match Cgroup::new(name) {
+        Ok(cgroup) => cgroup,
+        Err(why) => {
+            assert!(env::var_os("CI").is_none(), "CI must run {name}, but {why}");
+            // Past the capture of a test's output.
+            let _ = writeln!(io::stderr(), "SKIPPED {name}: it loads kernel programs, but {why}");
+            return;
+        }
+    };
+    let output = Command::new(env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
         .env(INSIDE, &cgroup.0)
-        .status()
+        .output()
         .unwrap();
-    assert!(status.success(), "{name} failed inside: see above");
+    // Its result is this test's, and not one more.
+    let told = String::from_utf8_lossy(&output.stderr);
+    eprintln!("{told}");
+    assert!(output.status.success(), "{name} failed inside: see above");
 }
 
 /// Removed when the test is over; its process has ended by then.
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    fn new(name: &str) -> Self {
-        let path = cgroup_root().unwrap().join(format!("lockgate-test-{}-{name}", std::process::id()));
-        fs::create_dir(&path).unwrap();
-        Self(path)
+    /// Says why nothing can be loaded here.
+    fn new(name: &str) -> Result<Self, String> {
+        let needed = CapabilitySet::SYS_ADMIN | CapabilitySet::NET_ADMIN;
+        let have = capabilities(None).map_err(|error| error.to_string())?.effective;
+        if !have.contains(needed) {
+            return Err("this takes root with CAP_SYS_ADMIN and CAP_NET_ADMIN".into());
+        }
+        let root = cgroup_root().map_err(|error| error.to_string())?;
+        let path = root.join(format!("lockgate-test-{}-{name}", std::process::id()));
+        fs::create_dir(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Self(path))
     }
 }
 
@@ -89,20 +103,20 @@ fn enter(cgroup: &Path) -> tempfile::TempDir {
 }
 
 /// The programs loaded, and a plain writer of their maps.
-pub struct World {
-    pub maps: KernelMaps,
-    pub options: Options,
+pub(crate) struct World {
+    pub(crate) maps: KernelMaps,
+    pub(crate) options: Options,
     /// Where the next run goes.
-    pub slots: Ring,
+    pub(crate) slots: Ring,
     endpoint: u32,
     /// By index - 1: generation of the set, and the endpoints in it.
     services: Vec<(u32, Vec<u32>)>,
 }
 
 /// Places for runs, given again and again.
-pub struct Ring {
-    pub next: u32,
-    pub end: u32,
+pub(crate) struct Ring {
+    pub(crate) next: u32,
+    pub(crate) end: u32,
 }
 
 impl Ring {
@@ -117,7 +131,7 @@ impl Ring {
 
 impl World {
     /// A Service without a set or address; returns its index.
-    pub fn service(&mut self, service: Service) -> u32 {
+    pub(crate) fn service(&mut self, service: Service) -> u32 {
         self.services.push((0, Vec::new()));
         let index = self.services.len() as u32;
         assert!(self.maps.arrays().0.write(index, &[Service { generation: 1, ..service }]));
@@ -125,19 +139,19 @@ impl World {
     }
 
     /// An address of the Service.
-    pub fn frontend(&mut self, service: u32, at: SocketAddr, protocol: u8) {
+    pub(crate) fn frontend(&mut self, service: u32, at: SocketAddr, protocol: u8) {
         self.frontend_as(service, at, protocol, scope::ADDRESS, kind::CLUSTER_IP);
     }
 
     /// As [`World::frontend`].
-    pub fn frontend_as(&mut self, service: u32, at: SocketAddr, protocol: u8, scope: u8, kind: u8) {
+    pub(crate) fn frontend_as(&mut self, service: u32, at: SocketAddr, protocol: u8, scope: u8, kind: u8) {
         let key = FrontendKey { address: address(at.ip()), port: at.port().to_be_bytes(), protocol, scope };
         let value = Frontend { service, generation: u16::from(service != 0), kind, zero: 0 };
         self.maps.put_frontends(&[key], &[value]).unwrap();
     }
 
     /// Makes `places` the Service's cluster set, as the update protocol says.
-    pub fn set(&mut self, service: u32, places: &[SocketAddr]) {
+    pub(crate) fn set(&mut self, service: u32, places: &[SocketAddr]) {
         let (generation, former) = &mut self.services[service as usize - 1];
         *generation += 1;
         let base = self.slots.take(places.len() as u32);
@@ -165,20 +179,20 @@ impl World {
     }
 
     /// Makes the Service's cluster set empty; `base` says what that means.
-    pub fn empty(&mut self, service: u32, base: u32) {
+    pub(crate) fn empty(&mut self, service: u32, base: u32) {
         let (generation, _) = &mut self.services[service as usize - 1];
         *generation += 1;
         assert!(self.maps.commit(service, false, SetWord::new(base, 0, *generation)));
     }
 
     /// How often `event` was.
-    pub fn count(&self, event: Event) -> u64 {
+    pub(crate) fn count(&self, event: Event) -> u64 {
         self.maps.events().unwrap()[event as usize]
     }
 }
 
 /// Accepts for ever; each connection reads the listener's port, 2 bytes, and its end.
-pub fn tcp_server(ip: &str) -> SocketAddr {
+pub(crate) fn tcp_server(ip: &str) -> SocketAddr {
     let listener = TcpListener::bind((ip, 0)).unwrap();
     let at = listener.local_addr().unwrap();
     thread::spawn(move || {
@@ -190,7 +204,7 @@ pub fn tcp_server(ip: &str) -> SocketAddr {
 }
 
 /// Answers each datagram with its port, 2 bytes.
-pub fn udp_server(ip: &str) -> SocketAddr {
+pub(crate) fn udp_server(ip: &str) -> SocketAddr {
     let socket = Arc::new(UdpSocket::bind((ip, 0)).unwrap());
     let at = socket.local_addr().unwrap();
     thread::spawn(move || {
@@ -203,7 +217,7 @@ pub fn udp_server(ip: &str) -> SocketAddr {
 }
 
 /// `ip` as the maps have it.
-pub fn address(ip: IpAddr) -> [u8; 16] {
+pub(crate) fn address(ip: IpAddr) -> [u8; 16] {
     match ip {
         IpAddr::V4(ip) => mapped(ip.octets()),
         IpAddr::V6(ip) => ip.octets(),
