@@ -1,8 +1,9 @@
 //! Puts the programs into the kernel: loads, pins, attaches; exchanges those of a former process.
 //!
 //! ```text
-//!  <bpffs>/lockgate/v1/FRONTENDS …     maps: outlive the process; another layout gets another folder
-//!                     /links/connect4 …  links: while pinned, the hook runs
+//!  <bpffs>/lockgate/v1/FRONTENDS …        maps: outlive the process; another layout gets another folder
+//!                     /links/connect4 …     links of sockets: while pinned, the hook runs
+//!                     /links/replies-2 …    links of devices, with the device's index
 //! ```
 //! Loading again opens the maps that are there and exchanges the links' programs one by one, so that no
 //! connection sees a hook without a program.
@@ -12,14 +13,14 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use aya::programs::{CgroupAttachMode, CgroupSockAddr, links::FdLink};
-use aya::{EbpfLoader, include_bytes_aligned};
+use aya::programs::{CgroupAttachMode, CgroupSockAddr, SchedClassifier, links::FdLink};
+use aya::{Ebpf, EbpfLoader, include_bytes_aligned};
 use lockgate_ebpf_common::{LAYOUT, maps};
 use rustix::fs::statfs;
 use rustix::mount::{MountFlags, mount};
 
 use crate::kernel::KernelMaps;
-use crate::sys::{detach_link, open_pin, update_link};
+use crate::sys::{DeviceHook, attach_to_device, detach_link, open_pin, pin, update_link};
 
 /// The programs, compiled by `ebpf/build`.
 static OBJECT: &[u8] = include_bytes_aligned!("../programs/lockgate.o");
@@ -28,6 +29,21 @@ static OBJECT: &[u8] = include_bytes_aligned!("../programs/lockgate.o");
 pub const SOCKET_HOOKS: [&str; 8] =
     ["connect4", "connect6", "sendmsg4", "sendmsg6", "recvmsg4", "recvmsg6", "getpeername4", "getpeername6"];
 
+/// The hooks of packets: each is the name of its program; its links' pins are named for it and their device.
+pub const PACKET_HOOKS: [&str; 3] = [FROM_OUTSIDE, FROM_POD, REPLIES];
+const FROM_OUTSIDE: &str = "from_outside";
+const FROM_POD: &str = "from_pod";
+const REPLIES: &str = "replies";
+
+/// What is at the other end of a network device; it must be of Ethernet's kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The world outside the node.
+    Uplink,
+    /// A Pod whose sockets are left alone, or that sends packets without them.
+    Pod,
+}
+
 /// Where things are.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -35,13 +51,15 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// The cgroup (version 2) whose sockets are balanced; `None`: the root, found by [`cgroup_root`].
     pub cgroup: Option<PathBuf>,
+    /// An object to load instead of the one built in.
+    pub object: Option<PathBuf>,
     /// Room of maps, by name, where it shall differ from [`lockgate_ebpf_common::capacity`].
     pub capacities: Vec<(&'static str, u32)>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { bpffs: "/sys/fs/bpf".into(), cgroup: None, capacities: Vec::new() }
+        Self { bpffs: "/sys/fs/bpf".into(), cgroup: None, object: None, capacities: Vec::new() }
     }
 }
 
@@ -79,12 +97,90 @@ pub enum LoadError {
         /// Which.
         hook: &'static str,
         /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Reason,
     },
 }
 
-/// Loads and attaches everything, or exchanges what a former process left; returns the maps.
-pub fn load(options: &Options) -> Result<KernelMaps, LoadError> {
+/// The programs and maps in the kernel.
+pub struct Loaded {
+    /// What the agent writes.
+    pub maps: KernelMaps,
+    /// For devices.
+    pub programs: Programs,
+}
+
+/// The programs, to be attached to devices as those come.
+pub struct Programs {
+    object: Ebpf,
+    links: PathBuf,
+}
+
+impl Programs {
+    /// Attaches to the device with this index in this network namespace, or exchanges what was attached to it. When
+    /// the device goes, so does the link; its pin stays until [`Programs::detach`].
+    pub fn attach(&mut self, device: u32, kind: Device) -> Result<(), LoadError> {
+        let first = if kind == Device::Uplink { FROM_OUTSIDE } else { FROM_POD };
+        for (hook, place) in [(first, DeviceHook::Ingress), (REPLIES, DeviceHook::Egress)] {
+            let path = self.links.join(format!("{hook}-{device}"));
+            self.program(hook)
+                .and_then(|program| attach_at(program, device, place, &path))
+                .map_err(|source| LoadError::Hook { hook, source })?;
+        }
+        Ok(())
+    }
+
+    /// Detaches from the device with this index. That nothing is attached is no error.
+    pub fn detach(&self, device: u32) -> io::Result<()> {
+        for hook in PACKET_HOOKS {
+            match fs::remove_file(self.links.join(format!("{hook}-{device}"))) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Indices of the devices that have links, or had when they were there; each once, in order.
+    pub fn devices(&self) -> io::Result<Vec<u32>> {
+        let mut devices = Vec::new();
+        for link in fs::read_dir(&self.links)? {
+            devices.extend(device_of(&link?.file_name()).map(|(_, device)| device));
+        }
+        devices.sort_unstable();
+        devices.dedup();
+        Ok(devices)
+    }
+
+    /// The program of one of [`PACKET_HOOKS`].
+    pub fn program(&mut self, hook: &'static str) -> Result<&mut SchedClassifier, Reason> {
+        Ok(self.object.program_mut(hook).ok_or("not in the object")?.try_into()?)
+    }
+
+    /// Exchanges the programs of links that a former process left; those of devices that have gone go too.
+    fn exchange(&mut self) -> Result<(), LoadError> {
+        for hook in PACKET_HOOKS {
+            self.program(hook)
+                .and_then(|program| Ok(program.load()?))
+                .map_err(|source| LoadError::Hook { hook, source })?;
+        }
+        let links = self.links.clone();
+        for link in at(&links, fs::read_dir(&links))? {
+            let link = at(&links, link)?;
+            let Some((hook, _)) = device_of(&link.file_name()) else { continue };
+            let path = link.path();
+            self.program(hook)
+                .and_then(|program| exchange_at(program, &path))
+                .map_err(|source| LoadError::Hook { hook, source })?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a hook has no program.
+pub type Reason = Box<dyn std::error::Error + Send + Sync>;
+
+/// Loads everything and attaches it to sockets, or exchanges what a former process left, also at devices.
+pub fn load(options: &Options) -> Result<Loaded, LoadError> {
     let cgroup = match &options.cgroup {
         Some(path) => path.clone(),
         None => cgroup_root()?,
@@ -102,7 +198,10 @@ pub fn load(options: &Options) -> Result<KernelMaps, LoadError> {
     for (name, room) in &options.capacities {
         loader.map_max_entries(name, *room);
     }
-    let mut object = loader.load(OBJECT)?;
+    let mut object = match &options.object {
+        Some(path) => loader.load(&at(path, fs::read(path))?)?,
+        None => loader.load(OBJECT)?,
+    };
     for hook in SOCKET_HOOKS {
         let program = object.program_mut(hook).ok_or("not in the object");
         program
@@ -111,7 +210,9 @@ pub fn load(options: &Options) -> Result<KernelMaps, LoadError> {
             .and_then(|program| attach(program, &cgroup, &links.join(hook)))
             .map_err(|source| LoadError::Hook { hook, source })?;
     }
-    at(&pins, KernelMaps::open(&pins))
+    let mut programs = Programs { object, links };
+    programs.exchange()?;
+    Ok(Loaded { maps: at(&pins, KernelMaps::open(&pins))?, programs })
 }
 
 /// Detaches everything and forgets every map. What is already gone is no error.
@@ -135,7 +236,7 @@ pub fn cgroup_root() -> Result<PathBuf, LoadError> {
 }
 
 /// The maps that outlive the process.
-const PINNED: [&str; 11] = [
+const PINNED: [&str; 13] = [
     maps::FRONTENDS,
     maps::SERVICES,
     maps::SLOTS,
@@ -146,14 +247,12 @@ const PINNED: [&str; 11] = [
     maps::NODE_ADDRESSES,
     maps::OPTED_OUT,
     maps::SETTINGS,
+    maps::FLOWS,
+    maps::FRAGMENTS,
     maps::EVENTS,
 ];
 
-fn attach(
-    program: &mut CgroupSockAddr,
-    cgroup: &File,
-    pin: &Path,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+fn attach(program: &mut CgroupSockAddr, cgroup: &File, pin: &Path) -> Result<(), Reason> {
     program.load()?;
     match open_pin(pin) {
         Ok(link) => Ok(update_link(link.as_fd(), program.fd()?.as_fd())?),
@@ -174,6 +273,37 @@ fn remove_link(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+fn attach_at(program: &SchedClassifier, device: u32, place: DeviceHook, path: &Path) -> Result<(), Reason> {
+    if exchange_at(program, path)? {
+        return Ok(());
+    }
+    let link = attach_to_device(program.fd()?.as_fd(), device, place)?;
+    Ok(pin(link.as_fd(), path)?)
+}
+
+/// Exchanges the program of the link at `path`; false if there is none, or its device has gone: then its pin goes too.
+fn exchange_at(program: &SchedClassifier, path: &Path) -> Result<bool, Reason> {
+    let link = match open_pin(path) {
+        Ok(link) => link,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    match update_link(link.as_fd(), program.fd()?.as_fd()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {
+            fs::remove_file(path)?;
+            Ok(false)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The hook and the device's index in a pin's name.
+fn device_of(name: &std::ffi::OsStr) -> Option<(&'static str, u32)> {
+    let (hook, device) = name.to_str()?.split_once('-')?;
+    Some((PACKET_HOOKS.into_iter().find(|known| *known == hook)?, device.parse().ok()?))
 }
 
 /// `source cgroup2` lines of a mount table; the shortest path, for others are within it.

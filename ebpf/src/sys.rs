@@ -8,7 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use lockgate_ebpf_common::{
-    Affinity, AffinityKey, Allowed, Endpoint, Frontend, FrontendKey, Service, Settings, Slot, SourceRange,
+    Affinity, AffinityKey, Allowed, Endpoint, Flow, FlowKey, Frontend, FrontendKey, Service, Settings, Slot,
+    SourceRange,
 };
 
 /// A value that the kernel may read and write as bytes.
@@ -25,7 +26,7 @@ macro_rules! plain {
 }
 plain!(u8, u32, u64, [u8; 16]);
 plain!(Affinity, AffinityKey, Allowed, Endpoint, Frontend, FrontendKey, Service, Settings, Slot, SourceRange);
-plain!(Prefixed<SourceRange>);
+plain!(Flow, FlowKey, Prefixed<SourceRange>);
 
 /// A key of an LPM trie.
 #[repr(C)]
@@ -59,29 +60,34 @@ pub struct MapInfo {
 mod command {
     pub(super) const MAP_LOOKUP_ELEM: u32 = 1;
     pub(super) const MAP_UPDATE_ELEM: u32 = 2;
+    pub(super) const OBJ_PIN: u32 = 6;
     pub(super) const OBJ_GET: u32 = 7;
     pub(super) const OBJ_GET_INFO_BY_FD: u32 = 15;
     pub(super) const MAP_LOOKUP_BATCH: u32 = 24;
     pub(super) const MAP_UPDATE_BATCH: u32 = 26;
     pub(super) const MAP_DELETE_BATCH: u32 = 27;
+    pub(super) const LINK_CREATE: u32 = 28;
     pub(super) const LINK_UPDATE: u32 = 29;
     pub(super) const LINK_DETACH: u32 = 34;
 }
 
 /// Opens what is pinned at `path`: a map, a program or a link.
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Attributes {
-        path: u64,
-        descriptor: u32,
-        flags: u32,
-    }
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let mut attributes = Attributes { path: path.as_ptr() as u64, descriptor: 0, flags: 0 };
+    let mut attributes = Object { path: path.as_ptr() as u64, descriptor: 0, flags: 0 };
     // SAFETY: the path is a C string that lives until after the call, which only reads it.
     let descriptor = unsafe { bpf(command::OBJ_GET, &mut attributes) }?;
     // SAFETY: the kernel made this descriptor for us just now; nobody else has it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Pins a map, a program or a link at `path`, which must not exist, in a bpf file system.
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes =
+        Object { path: path.as_ptr() as u64, descriptor: object.as_raw_fd() as u32, flags: 0 };
+    // SAFETY: the path is a C string that lives until after the call, which only reads it.
+    unsafe { bpf(command::OBJ_PIN, &mut attributes) }.map(drop)
 }
 
 /// What the kernel says of the map.
@@ -186,6 +192,42 @@ pub fn lookup_each_cpu(map: BorrowedFd<'_>, key: u32, cpus: usize) -> io::Result
     Ok(values)
 }
 
+/// A place at a network device where programs run (tcx).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceHook {
+    /// What the device received. Before other programs there.
+    Ingress,
+    /// What it will send. After other programs there.
+    Egress,
+}
+
+/// Attaches a program to the device with this index, until the link it returns is closed and not pinned. `ENODEV`:
+/// there is no such device in this network namespace.
+pub fn attach_to_device(program: BorrowedFd<'_>, device: u32, hook: DeviceHook) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        device: u32,
+        kind: u32,
+        flags: u32,
+        relative: u32,
+        zero: u32,
+        revision: u64,
+    }
+    const BEFORE: u32 = 1 << 3;
+    const AFTER: u32 = 1 << 4;
+    let (kind, flags) = match hook {
+        DeviceHook::Ingress => (46, BEFORE),
+        DeviceHook::Egress => (47, AFTER),
+    };
+    let program = program.as_raw_fd() as u32;
+    let mut attributes = Attributes { program, device, kind, flags, relative: 0, zero: 0, revision: 0 };
+    // SAFETY: numbers only; the kernel judges them.
+    let link = unsafe { bpf(command::LINK_CREATE, &mut attributes) }?;
+    // SAFETY: the kernel made this descriptor for us just now; nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(link) })
+}
+
 /// Exchanges the program behind a link: from one event to the next, the new one runs.
 pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     #[repr(C)]
@@ -211,6 +253,13 @@ pub fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
     let mut link = link.as_raw_fd() as u32;
     // SAFETY: a descriptor only; the kernel judges it.
     unsafe { bpf(command::LINK_DETACH, &mut link) }.map(drop)
+}
+
+#[repr(C)]
+struct Object {
+    path: u64,
+    descriptor: u32,
+    flags: u32,
 }
 
 #[repr(C)]

@@ -1,6 +1,7 @@
 //! Socket load balancing in the kernel: real sockets, in a network namespace and a cgroup of the test's own.
 #![allow(clippy::unwrap_used, reason = "a test says what it expects by panicking")]
 
+#[allow(dead_code, reason = "every test file uses its own part of this")]
 #[path = "support/inside.rs"]
 mod inside;
 
@@ -9,7 +10,7 @@ use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use std::{io, thread};
+use std::{fs, io, thread};
 
 use lockgate_ebpf::load::{load, remove};
 use lockgate_ebpf_common::protocol::{TCP, UDP};
@@ -297,7 +298,7 @@ fn programs_are_exchanged_and_removed() {
         service_with(world, "10.96.0.1:80", TCP, &[endpoint]);
         assert_eq!(ask(at("10.96.0.1:80")).unwrap(), endpoint.port());
         // As a new process does: finds the maps, exchanges the programs.
-        let maps = load(&world.options).unwrap();
+        let maps = load(&world.options).unwrap().maps;
         assert_eq!(maps.frontends().unwrap().len(), 1);
         assert_eq!(ask(at("10.96.0.1:80")).unwrap(), endpoint.port());
         assert_eq!(world.count(Event::Balanced), 2, "both count in the same map");
@@ -308,4 +309,48 @@ fn programs_are_exchanged_and_removed() {
         assert_eq!(ask(at("10.96.0.1:80")).unwrap_err().kind(), ErrorKind::NetworkUnreachable);
         assert_eq!(stream.peer_addr().unwrap(), endpoint, "the connection goes on, without its mask");
     });
+}
+
+/// Prints what `connect4` costs, by the kernel's own statistics. Not a judgement: run it alone, on a quiet machine,
+/// `cargo test -p lockgate-ebpf --test sockets -- --ignored --nocapture`.
+#[test]
+#[ignore = "measures, and switches on statistics of the whole machine while it does"]
+fn what_a_connect_costs() {
+    const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+    run("what_a_connect_costs", |world| {
+        let endpoint = udp_server("127.0.0.1");
+        service_with(world, "10.96.0.1:53", UDP, &[endpoint]);
+        fs::write(STATISTICS, "1").unwrap();
+        for (what, to) in [("to a Service", at("10.96.0.1:53")), ("elsewhere", endpoint)] {
+            let (before, runs_before) = time_of_socket_programs();
+            for _ in 0..20_000 {
+                udp("0.0.0.0").connect(to).unwrap();
+            }
+            let (after, runs) = time_of_socket_programs();
+            eprintln!(
+                "{what}: {} ns in {} runs",
+                (after - before) / (runs - runs_before),
+                runs - runs_before
+            );
+        }
+        fs::write(STATISTICS, "0").unwrap();
+    });
+}
+
+/// Nanoseconds and runs of this process's programs for sockets.
+fn time_of_socket_programs() -> (u64, u64) {
+    let mut sum = (0, 0);
+    for entry in fs::read_dir("/proc/self/fdinfo").unwrap() {
+        let info = fs::read_to_string(entry.unwrap().path()).unwrap_or_default();
+        let field = |name| {
+            let line = info.lines().find_map(|line| line.strip_prefix(name));
+            line.map_or(0, |value| value.trim().parse::<u64>().unwrap())
+        };
+        // BPF_PROG_TYPE_CGROUP_SOCK_ADDR
+        if field("prog_type:") == 18 {
+            sum.0 += field("run_time_ns:");
+            sum.1 += field("run_cnt:");
+        }
+    }
+    sum
 }

@@ -71,6 +71,10 @@ pub mod maps {
     pub const OPTED_OUT: &str = "OPTED_OUT";
     /// [`Settings`](super::Settings), array of one.
     pub const SETTINGS: &str = "SETTINGS";
+    /// [`FlowKey`](super::FlowKey) to [`Flow`](super::Flow), LRU hash, two entries for each flow.
+    pub const FLOWS: &str = "FLOWS";
+    /// [`FragmentKey`](super::FragmentKey) to the [`Ports`](super::Ports) of the first fragment, LRU hash.
+    pub const FRAGMENTS: &str = "FRAGMENTS";
     /// Counters (u64) by [`Event`](super::Event), per-CPU array.
     pub const EVENTS: &str = "EVENTS";
 }
@@ -93,6 +97,10 @@ pub mod capacity {
     pub const NODE_ADDRESSES: u32 = 1 << 10;
     /// Network namespaces left alone.
     pub const OPTED_OUT: u32 = 1 << 12;
+    /// Entries of flows through packets, two for each, about 130 bytes each; the least recently used goes first.
+    pub const FLOWS: u32 = 3 << 16;
+    /// Packets in fragments; the least recently used goes first.
+    pub const FRAGMENTS: u32 = 1 << 12;
 }
 
 /// What [`FrontendKey::address`] is compared with.
@@ -411,6 +419,12 @@ pub mod node_address {
     pub const NODE_ONLY: u32 = 1 << 1;
 }
 
+/// Flags of [`Settings`].
+pub mod setting {
+    /// Also what Pods send to cluster IPs leaves with the node's address.
+    pub const MASQUERADE_ALL: u32 = 1;
+}
+
 /// The element of `SETTINGS`; host byte order. All zero works for socket load balancing.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -425,11 +439,139 @@ pub struct Settings {
     pub node_port_first: u16,
     /// Last node port.
     pub node_port_last: u16,
-    /// Always 0.
-    pub zero: u32,
+    /// Of [`setting`].
+    pub flags: u32,
 }
 
 const _: () = assert!(size_of::<Settings>() == 24 && align_of::<Settings>() == 8);
+
+/// An address as the programs hold it: four words in network byte order, IPv4 mapped.
+pub type Words = [u32; 4];
+
+/// Flags of a [`Flow`], and the directions of its two entries.
+pub mod flow {
+    /// [`FlowKey::direction`](super::FlowKey): from the client, as it arrives.
+    pub const REQUEST: u8 = 0;
+    /// [`FlowKey::direction`](super::FlowKey): from the endpoint, as it leaves for the client.
+    pub const REPLY: u8 = 1;
+    /// In `flags`: packets to the endpoint are marked to be masqueraded.
+    pub const MASQUERADE: u8 = 1;
+    /// In `flags`: this side has ended its TCP connection.
+    pub const CLOSING: u8 = 1 << 1;
+}
+
+/// Key of `FLOWS`: what a packet carries before it is translated.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowKey {
+    /// Source of the packet.
+    pub source: Words,
+    /// Destination of the packet.
+    pub destination: Words,
+    /// Network byte order.
+    pub source_port: [u8; 2],
+    /// Network byte order.
+    pub destination_port: [u8; 2],
+    /// One of [`protocol`].
+    pub protocol: u8,
+    /// One of [`flow`]'s.
+    pub direction: u8,
+    /// Always 0.
+    pub zero: [u8; 2],
+}
+
+const _: () = assert!(size_of::<FlowKey>() == 40 && align_of::<FlowKey>() == 4);
+
+/// Value of `FLOWS`: what a packet carries after it is translated. A request's destination becomes the
+/// endpoint, a reply's source the frontend; the client's port changes where two frontends lead the same
+/// client's port to the same endpoint.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Of a request: the endpoint's. Of a reply: the frontend's.
+    pub address: Words,
+    /// Beside `address`; network byte order.
+    pub port: [u8; 2],
+    /// Of a request: the client's port as the endpoint sees it. Of a reply: as the client has it. Network byte
+    /// order.
+    pub client_port: [u8; 2],
+    /// Index into `ENDPOINTS`; host byte order.
+    pub endpoint: u32,
+    /// [`Endpoint::generation`]; host byte order.
+    pub generation: u32,
+    /// Seconds of the monotonic clock at the last packet of this direction; host byte order.
+    pub seen: u32,
+    /// Of [`flow`].
+    pub flags: u8,
+    /// Always 0.
+    pub zero: [u8; 3],
+}
+
+const _: () = assert!(size_of::<Flow>() == 36 && align_of::<Flow>() == 4);
+
+impl Flow {
+    /// Writes the entry of the other direction: each can be made from the other. Not yet [`flow::CLOSING`].
+    #[inline(always)]
+    pub const fn partner(&self, key: &FlowKey, other_key: &mut FlowKey, other: &mut Flow) {
+        if key.direction == flow::REQUEST {
+            // The endpoint answers the client as it sees it; the client knows the frontend.
+            other_key.source = self.address;
+            other_key.source_port = self.port;
+            other_key.destination = key.source;
+            other_key.destination_port = self.client_port;
+            other_key.direction = flow::REPLY;
+            other.address = key.destination;
+            other.port = key.destination_port;
+            other.client_port = key.source_port;
+        } else {
+            other_key.source = key.destination;
+            other_key.source_port = self.client_port;
+            other_key.destination = self.address;
+            other_key.destination_port = self.port;
+            other_key.direction = flow::REQUEST;
+            other.address = key.source;
+            other.port = key.source_port;
+            other.client_port = key.destination_port;
+        }
+        other_key.protocol = key.protocol;
+        other_key.zero = [0; 2];
+        other.endpoint = self.endpoint;
+        other.generation = self.generation;
+        other.seen = self.seen;
+        other.flags = self.flags & !flow::CLOSING;
+        other.zero = [0; 3];
+    }
+}
+
+/// Key of `FRAGMENTS`: one packet's fragments, before they are translated.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FragmentKey {
+    /// Source of the packet.
+    pub source: Words,
+    /// Destination of the packet.
+    pub destination: Words,
+    /// Identification, of IPv4 in the lower half; as the header has it.
+    pub identification: u32,
+    /// One of [`protocol`].
+    pub protocol: u8,
+    /// Always 0.
+    pub zero: [u8; 3],
+}
+
+const _: () = assert!(size_of::<FragmentKey>() == 40 && align_of::<FragmentKey>() == 4);
+
+/// Value of `FRAGMENTS`, and the first bytes of every transport header we balance; network byte order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ports {
+    /// Of the sender.
+    pub source: [u8; 2],
+    /// Of the receiver.
+    pub destination: [u8; 2],
+}
+
+const _: () = assert!(size_of::<Ports>() == 4 && align_of::<Ports>() == 1);
 
 /// What is counted: index into `EVENTS`.
 #[repr(u32)]
@@ -460,11 +602,23 @@ pub enum Event {
     Truncated = 10,
     /// A frontend whose Service has gone; treated as absent.
     StaleFrontend = 11,
+    /// Two frontends led the same port of a client to the same endpoint: this flow got another port.
+    PortChanged = 12,
+    /// No other port was free after some tries; no answer.
+    NoPort = 13,
+    /// A later fragment whose first was not seen; passed on untouched.
+    UnknownFragment = 14,
+    /// In the middle of a TCP connection to a node port that is not in `FLOWS`; passed on untouched.
+    UnknownFlow = 15,
+    /// An ICMP error about a translated packet was translated.
+    IcmpError = 16,
+    /// A packet could not be rewritten; no answer.
+    Rewrite = 17,
 }
 
 impl Event {
     /// All, in the order of their indices.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 18] = [
         Self::Balanced,
         Self::Affinity,
         Self::NoEndpoint,
@@ -477,6 +631,12 @@ impl Event {
         Self::MapFull,
         Self::Truncated,
         Self::StaleFrontend,
+        Self::PortChanged,
+        Self::NoPort,
+        Self::UnknownFragment,
+        Self::UnknownFlow,
+        Self::IcmpError,
+        Self::Rewrite,
     ];
 
     /// Value of the metric's `reason` label.
@@ -494,6 +654,12 @@ impl Event {
             Self::MapFull => "map_full",
             Self::Truncated => "truncated",
             Self::StaleFrontend => "stale_frontend",
+            Self::PortChanged => "port_changed",
+            Self::NoPort => "no_port",
+            Self::UnknownFragment => "unknown_fragment",
+            Self::UnknownFlow => "unknown_flow",
+            Self::IcmpError => "icmp_error",
+            Self::Rewrite => "rewrite",
         }
     }
 }
@@ -521,6 +687,42 @@ mod tests {
         assert_ne!(Slot::owner_of(1, false, word(1)), Slot::owner_of(1, true, word(1)));
         assert_ne!(Slot::owner_of(1, false, word(1)), Slot::owner_of(2, false, word(1)));
         assert_ne!(Slot::owner_of(1, false, word(0)), 0, "an untouched slot belongs to nobody");
+    }
+
+    #[test]
+    fn each_entry_of_a_flow_makes_the_other() {
+        let request = FlowKey {
+            source: [0, 0, 1, 10],
+            destination: [0, 0, 1, 20],
+            source_port: [1, 2],
+            destination_port: [3, 4],
+            protocol: protocol::TCP,
+            direction: flow::REQUEST,
+            zero: [0; 2],
+        };
+        let there = Flow {
+            address: [0, 0, 1, 30],
+            port: [5, 6],
+            client_port: [7, 8],
+            endpoint: 9,
+            generation: 10,
+            seen: 11,
+            flags: flow::MASQUERADE,
+            zero: [0; 3],
+        };
+        let partner = |key: &FlowKey, flow: &Flow| {
+            let (mut other_key, mut other) = (*key, *flow);
+            flow.partner(key, &mut other_key, &mut other);
+            (other_key, other)
+        };
+        let (reply, back) = partner(&request, &there);
+        assert_eq!((reply.source, reply.source_port), (there.address, there.port), "from the endpoint");
+        assert_eq!((reply.destination, reply.destination_port), (request.source, [7, 8]));
+        assert_eq!((back.address, back.port), (request.destination, request.destination_port));
+        assert_eq!(back.client_port, request.source_port);
+        assert_eq!(partner(&reply, &back), (request, there));
+        let closing = Flow { flags: flow::CLOSING, ..there };
+        assert_eq!(partner(&request, &closing).1.flags, 0, "one side's end");
     }
 
     #[test]

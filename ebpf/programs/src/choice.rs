@@ -4,10 +4,11 @@ use core::arch::asm;
 
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_boot_ns};
 use lockgate_ebpf_common::{
-    Address, Affinity, AffinityKey, Endpoint, Event, Service, SetWord, Slot, algorithm, endpoint, service,
+    Address, Affinity, AffinityKey, Endpoint, Event, Service, SetWord, Slot, Words, algorithm, endpoint,
+    service,
 };
 
-use crate::frontend::{Use, Words};
+use crate::frontend::Use;
 use crate::maps::{AFFINITY, ENDPOINTS, SERVICES, SLOTS, count};
 
 /// How often a run that was overwritten while it was read is read again. Once is rare: the writer leaves a
@@ -36,6 +37,8 @@ pub struct Chosen {
     pub index: u32,
     /// Its generation.
     pub generation: u32,
+    /// Of [`endpoint`].
+    pub flags: u8,
 }
 
 /// Chooses an endpoint of `used` for `client`, from the local set if `local`.
@@ -186,6 +189,7 @@ fn read(at: *const Endpoint, index: u32) -> Chosen {
             port: (*at).port,
             index,
             generation: (&raw const (*at).generation).read_volatile(),
+            flags: (&raw const (*at).flags).read_volatile(),
         }
     }
 }

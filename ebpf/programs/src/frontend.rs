@@ -1,13 +1,11 @@
 //! Is this address a Service's? The only place that reads `FRONTENDS`.
 
 use lockgate_ebpf_common::{
-    Address, Event, Frontend, FrontendKey, Service, Settings, kind, node_address, protocol, scope, service,
+    Address, Event, Frontend, FrontendKey, Service, Settings, Words, kind, node_address, protocol, scope,
+    service,
 };
 
 use crate::maps::{FRONTENDS, NODE_ADDRESSES, SERVICES, SETTINGS, count};
-
-/// An address as `bpf_sock_addr` has it: four words in network byte order, IPv4 mapped.
-pub type Words = [u32; 4];
 
 /// Third word of a mapped IPv4 address.
 pub const MAPPED: u32 = 0xffff_u32.to_be();
@@ -39,6 +37,14 @@ pub struct Use {
 }
 
 impl Use {
+    /// The set for clients outside the node.
+    #[inline(always)]
+    pub fn local_outside(&self) -> bool {
+        let local =
+            if self.kind == kind::CLUSTER_IP { service::INTERNAL_LOCAL } else { service::EXTERNAL_LOCAL };
+        self.flags & local != 0
+    }
+
     /// The set for clients on this node and in its Pods: external addresses short-circuit to the cluster's.
     #[inline(always)]
     pub fn local_inside(&self) -> bool {
@@ -106,6 +112,12 @@ fn resolve(frontend: Frontend) -> Found {
         return Found::Nothing;
     }
     Found::Service(Use { service, index: frontend.service, generation, flags, kind: frontend.kind })
+}
+
+/// Word by word: a comparison of arrays would call `memcmp`, which does not exist here.
+#[inline(always)]
+pub fn same(a: &Words, b: &Words) -> bool {
+    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }
 
 /// Whether `address` is a mapped IPv4 address.

@@ -5,6 +5,10 @@
 //!            ├─▶ is it a Service? ──▶ which endpoint? ──┤
 //!  sendmsg ──┘   (frontend.rs)        (choice.rs)       └─▶ remember what was asked for    (reverse.rs)
 //!  recvmsg, getpeername ──────────────────────────────────▶ write what was asked for       (reverse.rs)
+//!
+//!  received ─▶ packet.rs ─▶ a flow? (flows.rs) ─▶ write the endpoint's address  (rewrite.rs)
+//!                             no: is it a Service? which endpoint? (nat.rs)
+//!  to be sent ▶ packet.rs ─▶ a flow? (flows.rs) ─▶ write the Service's address  (rewrite.rs)
 //! ```
 //!
 //! One function for each hook; the two families differ only in how an address is read and written.
@@ -13,14 +17,19 @@
 #![feature(asm_experimental_arch)]
 
 mod choice;
+mod flows;
 mod frontend;
 mod maps;
+mod nat;
+mod packet;
 mod reverse;
+mod rewrite;
 mod socket;
 
-use aya_ebpf::macros::cgroup_sock_addr;
-use aya_ebpf::programs::SockAddrContext;
+use aya_ebpf::macros::{cgroup_sock_addr, classifier};
+use aya_ebpf::programs::{SockAddrContext, TcContext};
 
+use crate::nat::Side;
 use crate::socket::{Family, Sending};
 
 /// `connect` of an IPv4 socket.
@@ -70,6 +79,24 @@ pub fn getpeername4(context: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(context: SockAddrContext) -> i32 {
     socket::restore(&context, Family::V6)
+}
+
+/// What a device to the outside received.
+#[classifier]
+pub fn from_outside(context: TcContext) -> i32 {
+    nat::request(&context, Side::Outside)
+}
+
+/// What a Pod sent.
+#[classifier]
+pub fn from_pod(context: TcContext) -> i32 {
+    nat::request(&context, Side::Pod)
+}
+
+/// What any device will send.
+#[classifier]
+pub fn replies(context: TcContext) -> i32 {
+    nat::reply(&context)
 }
 
 /// Never reached: nothing here can panic, and the verifier would refuse a program that could.

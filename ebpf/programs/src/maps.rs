@@ -4,9 +4,11 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
 use aya_ebpf::macros::btf_map;
 use lockgate_ebpf_common::{
-    Address, Affinity, AffinityKey, Allowed, Endpoint, Event, Frontend, FrontendKey, Reverse, Service,
-    Settings, Slot, SourceRange, capacity,
+    Address, Affinity, AffinityKey, Allowed, Endpoint, Event, Flow, FlowKey, FragmentKey, Frontend,
+    FrontendKey, Ports, Reverse, Service, Settings, Slot, SourceRange, capacity,
 };
+
+use crate::nat::Scratch;
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -43,6 +45,16 @@ pub static OPTED_OUT: HashMap<u64, u32, { capacity::OPTED_OUT as usize }, NO_PRE
 
 #[btf_map]
 pub static SETTINGS: Array<Settings, 1> = Array::new();
+
+#[btf_map]
+pub static FLOWS: LruHashMap<FlowKey, Flow, { capacity::FLOWS as usize }> = LruHashMap::new();
+
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, Ports, { capacity::FRAGMENTS as usize }> = LruHashMap::new();
+
+/// Not pinned: nothing in it outlives a run.
+#[btf_map]
+pub static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 
 #[btf_map]
 pub static EVENTS: PerCpuArray<u64, { Event::ALL.len() }> = PerCpuArray::new();

@@ -1,10 +1,10 @@
 //! What a socket asked for, kept in its storage: replies and `getpeername` show that instead of the endpoint.
 
 use aya_ebpf::programs::SockAddrContext;
-use lockgate_ebpf_common::{REVERSE_WAYS, Reverse, protocol};
+use lockgate_ebpf_common::{REVERSE_WAYS, Reverse, Words, protocol};
 
 use crate::choice::{Chosen, still};
-use crate::frontend::{Use, Words};
+use crate::frontend::{Use, same};
 use crate::maps::REVERSE;
 
 /// An address with its port in network byte order.
@@ -139,10 +139,4 @@ fn claim(reverse: *mut Reverse, at: usize, protocol: u8) {
             way.protocol = if index == at { protocol } else { 0 };
         }
     }
-}
-
-/// Word by word: a comparison of arrays would call `memcmp`, which does not exist here.
-#[inline(always)]
-fn same(a: &Words, b: &Words) -> bool {
-    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }

@@ -148,7 +148,7 @@ fn sent(done: bool) -> Verdict {
 
 /// Spreads a cookie, a small number, over all bits (the finisher of MurmurHash3).
 #[inline(always)]
-fn hash(cookie: u64) -> u32 {
+pub fn hash(cookie: u64) -> u32 {
     let mut hash = cookie;
     hash ^= hash >> 33;
     hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
