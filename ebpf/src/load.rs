@@ -132,10 +132,7 @@ impl Programs {
     /// Detaches from the device with this index. That nothing is attached is no error.
     pub fn detach(&self, device: u32) -> io::Result<()> {
         for hook in PACKET_HOOKS {
-            match fs::remove_file(self.links.join(format!("{hook}-{device}"))) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            remove_link(&self.links.join(format!("{hook}-{device}")))?;
         }
         Ok(())
     }
