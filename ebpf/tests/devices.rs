@@ -9,7 +9,7 @@ use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::Command;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ const SO_NETNS_COOKIE: i32 = 71;
 
 /// A thread in a network namespace of its own, joined to this one by `up0`.
 struct Outside {
-    ask: Sender<(u8, SocketAddr)>,
+    ask: SyncSender<(u8, SocketAddr)>,
     answers: Receiver<std::io::Result<u16>>,
     /// Of its namespace.
     cookie: u64,
@@ -46,10 +46,10 @@ struct Outside {
 
 impl Outside {
     fn new() -> Self {
-        let (ready, is_ready) = channel();
-        let (connected, is_connected) = channel();
-        let (ask, asked) = channel::<(u8, SocketAddr)>();
-        let (answer, answers) = channel();
+        let (ready, is_ready) = sync_channel(1);
+        let (connected, is_connected) = sync_channel(1);
+        let (ask, asked) = sync_channel::<(u8, SocketAddr)>(1);
+        let (answer, answers) = sync_channel(1);
         thread::spawn(move || {
             // SAFETY: changes this thread alone; descriptors stay as they are.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
