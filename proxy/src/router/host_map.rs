@@ -4,7 +4,8 @@
 //! How long a lookup takes among many is a matter of how much memory it touches.
 //! So a name is not kept: its [`Fingerprint`] stands for it, beside the value,
 //! and 100,000 entries fit the cache. Bytes that go with a value lie in one
-//! array per way. An edit copies one way: a thousandth of the names.
+//! array per way. An edit copies one way, a thousandth of the names, and the
+//! pointers of 32 of them.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -102,9 +103,12 @@ impl Place<'_> {
     }
 }
 
-const WAYS: usize = 1024;
+/// Ways in a group, and groups in a map: an edit copies the pointers of one
+/// group and of the map, not of all ways.
+const FAN: usize = 32;
 
-type Root<V> = [Way<V>; WAYS];
+type Root<V> = [Arc<Group<V>>; FAN];
+type Group<V> = [Way<V>; FAN];
 
 #[derive(Debug)]
 struct HostMap<V> {
@@ -130,7 +134,9 @@ impl<V> Clone for HostMap<V> {
 /// without the key none can be looked for.
 #[derive(Clone, Copy, Debug)]
 struct Fingerprint {
-    /// Ten bits of it.
+    /// Five bits of it.
+    group: usize,
+    /// Five more: which way of the group.
     way: usize,
     tag: Tag,
 }
@@ -151,7 +157,8 @@ impl Key {
     fn fingerprint(self, name: &str) -> Fingerprint {
         let hash = SipHasher13::new_with_keys(self.0, self.1).hash(name.as_bytes());
         let (upper, lower) = ((hash.h2 >> 32) as u32, hash.h2 as u32);
-        Fingerprint { way: (hash.h1 >> 54) as usize, tag: [upper, lower, hash.h1 as u32] }
+        let place = (hash.h1 >> 54) as usize;
+        Fingerprint { group: place / FAN, way: place % FAN, tag: [upper, lower, hash.h1 as u32] }
     }
 }
 
@@ -165,18 +172,19 @@ impl<V> HostMap<V> {
     fn get(&self, name: &str) -> Option<Entry<'_, V>> {
         let root = self.root.as_ref()?;
         let print = self.key.fingerprint(name);
-        root[print.way].get(print.tag)
+        root[print.group][print.way].get(print.tag)
     }
 }
 
 impl<V: Clone> HostMap<V> {
     fn insert(&mut self, name: &str, value: V, bytes: &[u8]) {
-        let Fingerprint { way, tag } = self.key.fingerprint(name);
+        let Fingerprint { group, way, tag } = self.key.fingerprint(name);
         let root = self.root.get_or_insert_with(|| {
-            let empty = Way::with_room_for(0, 0);
-            Arc::new(std::array::from_fn(|_| empty.clone()))
+            let way = Way::with_room_for(0, 0);
+            let group: Arc<Group<V>> = Arc::new(std::array::from_fn(|_| way.clone()));
+            Arc::new(std::array::from_fn(|_| group.clone()))
         });
-        let way = &mut Arc::make_mut(root)[way];
+        let way = &mut Arc::make_mut(&mut Arc::make_mut(root)[group])[way];
         let known = way.get(tag).is_some();
         // What is replaced leaves its bytes behind: not for long.
         if known || !way.has_room_for(bytes.len()) {
@@ -190,9 +198,9 @@ impl<V: Clone> HostMap<V> {
         if self.get(name).is_none() {
             return;
         }
-        let Fingerprint { way, tag } = self.key.fingerprint(name);
+        let Fingerprint { group, way, tag } = self.key.fingerprint(name);
         let Some(root) = &mut self.root else { return };
-        let way = &mut Arc::make_mut(root)[way];
+        let way = &mut Arc::make_mut(&mut Arc::make_mut(root)[group])[way];
         // Rebuilt, because a gap would end the search for names behind it.
         *way = way.rebuilt(way.len - 1, 0, tag);
     }
@@ -399,7 +407,8 @@ mod tests {
             let entry = map.get(&n.to_string()).unwrap();
             assert_eq!((*entry.value, entry.bytes), (n, vec![2; n % 300].as_slice()));
         }
-        let used = map.root.iter().flat_map(|root| root.iter()).map(|way| way.used);
+        let used =
+            map.root.iter().flat_map(|root| root.iter()).flat_map(|group| group.iter()).map(|way| way.used);
         // Nothing of what was replaced.
         let expected: usize = (0..5_000).map(|n| record(n % 300)).sum();
         assert_eq!(used.sum::<usize>(), expected);
@@ -430,7 +439,7 @@ mod tests {
         let names: Vec<String> = (0..200_000).map(|n| n.to_string()).collect();
         let place = |name: &str| {
             let print = map.key.fingerprint(name);
-            (print.way, print.tag[2] >> 28)
+            (print.group, print.way, print.tag[2] >> 28)
         };
         let wanted = place(&names[0]);
         let same: Vec<&String> = names.iter().filter(|name| place(name) == wanted).collect();
