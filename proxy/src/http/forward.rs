@@ -4,6 +4,10 @@
 use crate::buffer::Output;
 use crate::table::{FieldEdits, HeaderEdits};
 
+use std::ops::Range;
+
+use httparse::Header;
+
 use super::client::{Claims, Client, Forwarded};
 use super::edit::drops;
 use super::field::Field;
@@ -93,6 +97,7 @@ pub(crate) fn write_request(
     let fields = edits.map(|edits| &edits.request);
     put(out, &[head.method, b" ", head.target, b" HTTP/1.1\r\nHost: ", host, b"\r\n"]);
     write_told(out, client, forwarded, head.host, id, fields);
+    let mut lines = Lines::of(head.raw);
     for (header, field) in head.headers.iter().zip(&*head.fields) {
         let keep = match field {
             Field::Other => !is_nominated(&head.nominated, header.name.as_bytes()),
@@ -103,9 +108,10 @@ pub(crate) fn write_request(
             _ => false,
         };
         if keep && !drops(fields, header.name.as_bytes()) {
-            put(out, &[header.name.as_bytes(), b": ", header.value, b"\r\n"]);
+            lines.keep(out, header);
         }
     }
+    lines.flush(out);
     if let Some(edits) = edits {
         out.extend_from_slice(&edits.request.lines);
     }
@@ -142,6 +148,7 @@ pub(crate) fn write_response(
     // HEAD and 304 tell the length of a body that does not follow; 1xx and 204 must not
     // (RFC 9110 section 8.6). Said twice, it is told once.
     let mut keep_length = to.framing == Framing::None && !matches!(head.status, 100..200 | 204);
+    let mut lines = Lines::of(head.raw);
     for (header, field) in head.headers.iter().zip(&*head.fields) {
         let keep = match field {
             Field::Connection | Field::TransferEncoding | Field::HopByHop | Field::Upgrade => false,
@@ -149,9 +156,10 @@ pub(crate) fn write_response(
             _ => !is_nominated(&head.nominated, header.name.as_bytes()),
         };
         if keep && !drops(edits, header.name.as_bytes()) {
-            put(out, &[header.name.as_bytes(), b": ", header.value, b"\r\n"]);
+            lines.keep(out, header);
         }
     }
+    lines.flush(out);
     if let Some(edits) = edits {
         out.extend_from_slice(&edits.lines);
     }
@@ -179,6 +187,50 @@ pub(crate) fn write_framing(out: &mut Vec<u8>, framing: Framing) {
         Framing::Length(n) => put(out, &[b"Content-Length: ", decimal(n, &mut [0; 20]), b"\r\n"]),
         Framing::Chunked => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
         Framing::None | Framing::Close => {}
+    }
+}
+
+/// Header lines on their way out. Those that came as they would be written are copied as they came,
+/// neighbours in one go.
+struct Lines<'b> {
+    raw: &'b [u8],
+    /// In `raw`: wanted, and not copied yet.
+    run: Range<usize>,
+}
+
+impl<'b> Lines<'b> {
+    fn of(raw: &'b [u8]) -> Lines<'b> {
+        Lines { raw, run: 0..0 }
+    }
+
+    fn keep(&mut self, out: &mut Vec<u8>, header: &Header<'b>) {
+        match self.line(header) {
+            Some(line) if line.start == self.run.end => self.run.end = line.end,
+            Some(line) => {
+                self.flush(out);
+                self.run = line;
+            }
+            None => {
+                self.flush(out);
+                put(out, &[header.name.as_bytes(), b": ", header.value, b"\r\n"]);
+            }
+        }
+    }
+
+    fn flush(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.raw[self.run.clone()]);
+        self.run.start = self.run.end;
+    }
+
+    /// Where the line of `header` is, if it is written as `name: value`.
+    fn line(&self, header: &Header<'b>) -> Option<Range<usize>> {
+        let start = header.name.as_ptr().addr().checked_sub(self.raw.as_ptr().addr())?;
+        let value = start + header.name.len() + 2;
+        let end = value + header.value.len();
+        let is_plain = std::ptr::eq(self.raw.get(value..end)?, header.value)
+            && self.raw[value - 2..value] == *b": "
+            && self.raw.get(end..end + 2)? == b"\r\n";
+        is_plain.then_some(start..end + 2)
     }
 }
 

@@ -89,6 +89,8 @@ pub(crate) struct RequestHead<'h, 'b> {
     pub(crate) nominated: SmallVec<[&'b [u8]; 4]>,
     /// Bytes of the head, its empty line included.
     pub(crate) length: usize,
+    /// These bytes.
+    pub(crate) raw: &'b [u8],
 }
 
 impl<'h, 'b> RequestHead<'h, 'b> {
@@ -127,6 +129,7 @@ impl<'h, 'b> RequestHead<'h, 'b> {
             upgrade: None,
             nominated: SmallVec::new(),
             length,
+            raw: &bytes[..length],
         };
         head.read_fields(authority.is_some())?;
         Ok(Some(head))

@@ -22,6 +22,8 @@ pub(crate) struct ResponseHead<'h, 'b> {
     pub(crate) nominated: SmallVec<[&'b [u8]; 4]>,
     /// Bytes of the head, its empty line included.
     pub(crate) length: usize,
+    /// These bytes.
+    pub(crate) raw: &'b [u8],
 }
 
 /// What is wrong with an answer; the client gets 502.
@@ -60,6 +62,7 @@ impl<'h, 'b> ResponseHead<'h, 'b> {
             upgrade: None,
             nominated: SmallVec::new(),
             length,
+            raw: &bytes[..length],
         };
         head.read_fields(minor, to_head)?;
         Ok(Some(head))

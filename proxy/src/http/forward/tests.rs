@@ -32,6 +32,11 @@ fn requests() {
             "GET / HTTP/1.1\r\nb: 2\r\nHost: a\r\nCookie: c=1\r\nA:1 \r\nCOOKIE: d=2\r\nUser-Agent: u\r\nReferer: r\r\n\r\n",
             "GET / HTTP/1.1\r\nHost: a\r\nb: 2\r\nCookie: c=1\r\nA: 1\r\nCOOKIE: d=2\r\nUser-Agent: u\r\nReferer: r\r\n\r\n",
         ),
+        // However it is spaced, on its own and between lines that are copied as they came.
+        (
+            "GET / HTTP/1.1\r\nHost: a\r\nA: 1\r\nB:2\r\nC:\r\nD:  4\r\nE: 5 \r\nF:\t6\r\nG: 7\r\nH: \r\nI: 9: \r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: a\r\nA: 1\r\nB: 2\r\nC: \r\nD: 4\r\nE: 5\r\nF: 6\r\nG: 7\r\nH: \r\nI: 9:\r\n\r\n",
+        ),
         // What ends at this hop, by name and by nomination.
         (
             "GET / HTTP/1.1\r\nHost: a\r\nConnection: close, X-Hop, x-other\r\nX-Hop: 1\r\nX-OTHER: 2\r\nX-Hops: 3\r\n\
