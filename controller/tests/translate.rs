@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use lockgate_controller::objects::{Parsed, parse};
 use lockgate_controller::store::{Key, Store};
-use lockgate_controller::translate::{Desired, Options, StreamOptions, translate};
+use lockgate_controller::translate::{Desired, HeaderOptions, Options, StreamOptions, translate};
 use lockgate_proxy::Certificate;
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +23,8 @@ struct Output {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     documents: Vec<String>,
     hosts: serde_yaml::Value,
+    #[serde(skip_serializing_if = "serde_yaml::Value::is_null")]
+    edits: serde_yaml::Value,
     #[serde(skip_serializing_if = "is_empty")]
     passthrough: serde_yaml::Value,
     pools: serde_yaml::Value,
@@ -88,6 +90,9 @@ fn options(file: &Path) -> Options {
         require_class: bool,
         tcp_services: Option<String>,
         udp_services: Option<String>,
+        proxy_set_headers: Option<String>,
+        add_headers: Option<String>,
+        allowed_response_headers: Vec<String>,
     }
     let file: File = match fs::read_to_string(file) {
         Ok(text) => serde_yaml::from_str(&text).unwrap(),
@@ -106,6 +111,11 @@ fn options(file: &Path) -> Options {
         ingress_class: file.ingress_class,
         require_class: file.require_class,
         streams,
+        headers: HeaderOptions {
+            proxy_set_headers: key(file.proxy_set_headers),
+            add_headers: key(file.add_headers),
+            allowed_response_headers: file.allowed_response_headers,
+        },
         ..Options::default()
     }
 }
@@ -159,6 +169,7 @@ fn output(documents: Vec<String>, desired: &Desired) -> Output {
     Output {
         documents,
         hosts: serde_yaml::to_value(&routes.hosts).unwrap(),
+        edits: serde_yaml::to_value(&routes.edits).unwrap(),
         passthrough: serde_yaml::to_value(&routes.passthrough).unwrap(),
         pools: serde_yaml::to_value(&routes.pools).unwrap(),
         listeners: match routes.listeners.is_empty() {

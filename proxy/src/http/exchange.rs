@@ -16,6 +16,7 @@ use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
 use crate::router::Router;
+use crate::table::{FieldEdits, HeaderEdits};
 use crate::timer::{Late, Timer};
 use crate::upstream::{InFlight, NoConnection, Peer, Upstream};
 use crate::worker::Worker;
@@ -23,7 +24,7 @@ use crate::worker::Worker;
 use super::Forward;
 use super::attempts::{Chosen, Course, Ends, Lost};
 use super::forward::{Delivery, write_response};
-use super::head::{Framing, HeaderRoom};
+use super::head::{Framing, HeaderRoom, end_of_head};
 use super::record::Record;
 use super::response::{BadResponse, ResponseHead};
 
@@ -150,6 +151,16 @@ pub(crate) struct Order<'r> {
     answered: Answered,
 }
 
+/// What every attempt to have a request answered works with.
+pub(crate) struct Sent<'s, S> {
+    pub(crate) timer: &'s mut Timer,
+    pub(crate) source: &'s mut S,
+    /// The request head, and body bytes that can be sent again.
+    pub(crate) head: &'s [u8],
+    pub(crate) answer: &'s mut Buffer,
+    pub(crate) record: &'s mut Record,
+}
+
 /// What is remembered of the endpoint that was asked, and of the one that answered.
 #[derive(Default)]
 struct Answered {
@@ -189,7 +200,7 @@ impl Order<'_> {
         let turns = if tried.is_empty() { &self.worker.turns } else { &self.worker.again };
         let endpoint = pool.pick_for(&self.forward.steer, turns, clock::now_ms(), tried)?;
         if pool.measures() {
-            self.answered.asked.set(Some((endpoint.live.id, Instant::now())));
+            self.answered.asked.set(Some((endpoint.live.id, clock::now())));
         }
         Some(self.worker.upstreams.of(&endpoint.live))
     }
@@ -201,30 +212,40 @@ impl Order<'_> {
         if let Some((id, at)) = self.answered.asked.get()
             && id == upstream.live.id
         {
-            upstream.live.latency().record(clock::now_ms(), at.elapsed().as_micros() as u64);
+            upstream.live.latency().record(clock::now_ms(), (clock::now() - at).as_micros() as u64);
         }
+    }
+
+    /// What is changed in the head of the response.
+    pub(crate) fn response_edits(&self) -> Option<&FieldEdits> {
+        self.forward.edits.map(|edits| &edits.response)
+    }
+
+    /// The endpoint has been told that its connection carries no further request.
+    pub(crate) fn closes(&self) -> bool {
+        self.forward.edits.is_some_and(HeaderEdits::closes)
     }
 
     /// Header lines to add to the answer.
     pub(crate) fn cookie_lines(&self) -> SmallVec<[u8; 256]> {
-        let Forward { rule, split, choice, steer } = &self.forward;
+        let Forward { rule, split, choice, steer, .. } = &self.forward;
         let (served, turns) = (self.answered.by.get(), &self.worker.turns);
         split.cookie_lines(*choice, steer, &rule.path, served, self.router, turns)
     }
 
     pub(crate) fn connect_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.connect_timeout;
-        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.connect))
+        self.bounded(clock::now() + own.unwrap_or(self.worker.config.timeouts.connect))
     }
 
     pub(crate) fn send_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.send_timeout;
-        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.send))
+        self.bounded(clock::now() + own.unwrap_or(self.worker.config.timeouts.send))
     }
 
     pub(crate) fn deadline(&self, awaits: Awaits) -> Instant {
         match awaits {
-            Awaits::Client => self.bounded(Instant::now() + self.worker.config.timeouts.client),
+            Awaits::Client => self.bounded(clock::now() + self.worker.config.timeouts.client),
             Awaits::Room => self.send_deadline(),
             Awaits::Answer => self.read_deadline(),
         }
@@ -232,7 +253,7 @@ impl Order<'_> {
 
     pub(crate) fn read_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.read_timeout;
-        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.read))
+        self.bounded(clock::now() + own.unwrap_or(self.worker.config.timeouts.read))
     }
 
     /// Tries endpoints until one has answered with a final response head, which
@@ -250,17 +271,18 @@ impl Order<'_> {
         async move {
             let mut course = Course::default();
             let mut chosen = self.first(&mut course, record)?;
+            let mut sent = Sent { timer, source, head, answer, record };
             loop {
                 let Chosen { mut upstream, busy } = chosen;
-                let attempt =
-                    self.attempt(timer, source, head, answer, record, &mut course, &mut upstream, busy).await;
+                let attempt = self.attempt(&mut sent, &mut course, &mut upstream, busy).await;
+                let Sent { source, answer, record, .. } = &mut sent;
                 chosen = match attempt {
                     Ok((peer, status)) => {
                         self.answered(&upstream, status, record, course.since);
                         match self.instead(&mut course, &upstream, status, source.is_repeatable(), record) {
                             None => return Ok((upstream, peer)),
                             Some(next) => {
-                                self.turn_down(source, &upstream, peer, answer);
+                                self.turn_down(*source, &upstream, peer, answer);
                                 next
                             }
                         }
@@ -297,11 +319,7 @@ impl Order<'_> {
     #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
     fn attempt<S: Source>(
         &self,
-        timer: &mut Timer,
-        source: &mut S,
-        head: &[u8],
-        answer: &mut Buffer,
-        record: &mut Record,
+        sent: &mut Sent<'_, S>,
         course: &mut Course,
         upstream: &mut Rc<Upstream>,
         busy: InFlight,
@@ -309,17 +327,17 @@ impl Order<'_> {
         async move {
             self.begin_try();
             if let Some(delay) = self.hedge_delay(course) {
-                let hedged = self.hedged(timer, source, head, answer, record, course, upstream, busy, delay);
-                return Box::pin(hedged).await;
+                return Box::pin(self.hedged(sent, course, upstream, busy, delay)).await;
             }
+            let Sent { timer, source, head, answer, record } = sent;
             let (mut peer, reused) = self.connected(timer, upstream, course.fresh_only).await?;
             let since_start = reused && course.is_first();
-            record.connected = Some(if since_start { record.started } else { Instant::now() });
+            record.connected = Some(if since_start { record.started } else { clock::now() });
             peer.occupy(busy);
             // A failed write is not the end: the endpoint may have answered before it hung up.
-            let sent = timer.within(self.send_deadline(), peer.conn.send([head, &[], &[]])).await;
-            let answered = match sent {
-                Ok(_) => self.await_head(timer, source, &mut peer.conn, answer, record).await,
+            let written = timer.within(self.send_deadline(), peer.conn.send([*head, &[], &[]])).await;
+            let answered = match written {
+                Ok(_) => self.await_head(timer, *source, &mut peer.conn, answer, record).await,
                 Err(Late) => Err(self.late()),
             };
             match answered {
@@ -409,7 +427,7 @@ impl Order<'_> {
                     }
                     read => read?,
                 };
-                record.first_byte.get_or_insert_with(Instant::now);
+                record.first_byte.get_or_insert_with(clock::now);
             }
         }
     }
@@ -479,7 +497,8 @@ fn interim_head(bytes: &[u8]) -> Result<(Output, usize), Failure> {
         return Err(Failure::Nonsense("malformed response head"));
     };
     let mut interim = Output::take();
-    write_response(&mut interim, &head, Delivery { framing: Framing::None, keep_alive: true, minor: 1 }, &[]);
+    let to = Delivery { framing: Framing::None, keep_alive: true, minor: 1 };
+    write_response(&mut interim, &head, to, &[], None);
     Ok((interim, head.length))
 }
 
@@ -488,7 +507,7 @@ fn peek_status(bytes: &[u8], to_head: bool) -> Result<Option<u16>, Failure> {
     if bytes.is_empty() {
         return Ok(None);
     }
-    let complete = memchr::memmem::find(bytes, b"\r\n\r\n").is_some();
+    let complete = end_of_head(bytes).is_some();
     if complete && let [b'H', b'T', b'T', b'P', b'/', b'1', b'.', _, b' ', a, b, c, ..] = bytes {
         let digit = |d: &u8| u16::from(d.wrapping_sub(b'0'));
         return Ok(Some(digit(a) * 100 + digit(b) * 10 + digit(c)));

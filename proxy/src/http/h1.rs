@@ -15,11 +15,12 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
 
 use crate::buffer::{Buffer, Output};
+use crate::clock;
 use crate::conn::Conn;
 use crate::limit::{self, Held};
 use crate::metrics;
 use crate::router::Router;
-use crate::table::UpstreamProtocol;
+use crate::table::{FieldEdits, UpstreamProtocol};
 use crate::timer::{Late, Timer};
 use crate::upstream::Peer;
 use crate::worker::{Presence, Worker};
@@ -28,7 +29,7 @@ use super::client::Client;
 use super::exchange::Order;
 use super::field::Field;
 use super::forward::{self, RequestId, connection_line, decimal, put};
-use super::head::{Framing, HeaderRoom, Http1View, Reject, RequestHead};
+use super::head::{Framing, HeaderRoom, Http1View, Reject, RequestHead, end_of_head};
 use super::record::{Notes, Record, Texts, finish};
 use super::{Asked, Verdict, decide, is_idempotent, phrase, write_https_location};
 
@@ -98,7 +99,7 @@ pub(crate) fn serve(
     presence: Presence,
     input: Buffer,
 ) -> impl Future<Output = ()> {
-    let now = Instant::now();
+    let now = clock::now();
     let timer = Timer::new(now + worker.config.timeouts.keep_alive);
     let mut this = Http1 { worker, client, conn, timer, input, presence, held: None, now };
     async move {
@@ -121,7 +122,7 @@ impl Http1 {
         if !self.wait_for_bytes().await {
             return Next::Close(false);
         }
-        let started = Instant::now();
+        let started = clock::now();
         let deadline = started + self.worker.config.timeouts.header;
         let mut read_first = false;
         let reject = loop {
@@ -188,7 +189,7 @@ impl Http1 {
         loop {
             let filled = self.input.filled();
             let from = searched.min(filled.len());
-            if !read_first && memchr::memmem::find(&filled[from..], b"\r\n\r\n").is_some() {
+            if !read_first && end_of_head(&filled[from..]).is_some() {
                 return Ok(true);
             }
             read_first = false;
@@ -249,10 +250,12 @@ impl Http1 {
                     | UpstreamProtocol::Https
                     | UpstreamProtocol::Tcp
                     | UpstreamProtocol::Udp => {
-                        forward::write_request(out, &head, &self.client, &forwarded, &id);
+                        forward::write_request(out, &head, &self.client, &forwarded, &id, forward.edits);
                     }
                     UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
-                        let over_h2 = over_h2::request(&head, &self.client, &forwarded, &id, protocol)?;
+                        let edits = forward.edits;
+                        let over_h2 =
+                            over_h2::request(&head, &self.client, &forwarded, &id, protocol, edits)?;
                         request = Some(Box::new(over_h2));
                     }
                 }
@@ -293,7 +296,8 @@ impl Http1 {
             let next = match &plan.verdict {
                 Verdict::Answer(answer) => {
                     let (status, reason) = (answer.status, "");
-                    self.answer(plan.shape, status, reason, out, &mut record).await
+                    let edits = plan.verdict.response_edits();
+                    self.answer(plan.shape, status, reason, edits, out, &mut record).await
                 }
                 Verdict::Forward(forward) => {
                     let worker = self.worker.clone();
@@ -312,7 +316,7 @@ impl Http1 {
             if !matches!(next, Next::Tunnel(..)) {
                 self.held = None;
             }
-            self.now = Instant::now();
+            self.now = clock::now();
             self.worker.metrics.requests_in_flight.dec();
             let protocol = if plan.shape.minor == 0 { "HTTP/1.0" } else { "HTTP/1.1" };
             let verdict = Some(&plan.verdict);
@@ -327,6 +331,7 @@ impl Http1 {
         shape: Shape,
         status: u16,
         reason: &'static str,
+        edits: Option<&FieldEdits>,
         out: &mut Output,
         record: &mut Record,
     ) -> Next {
@@ -336,7 +341,7 @@ impl Http1 {
         let keep_alive = shape.keep_alive && !body_left && !self.worker.is_draining();
         let mut head = Output::take();
         let text = phrase(status);
-        write_answer(&mut head, status, text, out, connection_line(keep_alive, shape.minor));
+        write_answer(&mut head, status, text, edits, out, connection_line(keep_alive, shape.minor));
         let body: &[&[u8]; 2] = &[text.as_bytes(), b"\n"];
         let body = if shape.is_head { &[b"" as &[u8], b""] } else { body };
         record.bytes_out = body.iter().map(|b| b.len() as u64).sum();
@@ -374,20 +379,20 @@ impl Http1 {
         record.reason = reject.reason;
         let mut head = Output::take();
         let text = phrase(reject.status);
-        write_answer(&mut head, reject.status, text, &[], connection_line(false, 1));
+        write_answer(&mut head, reject.status, text, None, &[], connection_line(false, 1));
         let timeout = self.worker.config.timeouts.client;
         let parts: [&[u8]; 3] = [&head, text.as_bytes(), b"\n"];
         let sent = send(&mut self.timer, &mut self.conn, timeout, parts).await;
         let client: IpAddr = self.client.peer.ip();
         tracing::debug!(%client, status = reject.status, reason = reject.reason, "request refused");
         let notes = self.worker.log.borrow().is_some().then(|| Notes::new(&Texts::default()));
-        finish(&self.worker, &self.client, "HTTP/1.1", None, &record, notes.as_ref(), Instant::now());
+        finish(&self.worker, &self.client, "HTTP/1.1", None, &record, notes.as_ref(), clock::now());
         Next::Close(sent)
     }
 
     /// Ends the connection; if the client may still be sending, reads on for a moment.
     async fn close(&mut self, sending: bool) {
-        let deadline = Instant::now() + LINGER;
+        let deadline = clock::now() + LINGER;
         let shut = self.timer.within(deadline, self.conn.shutdown()).await;
         if !sending || !matches!(shut, Ok(Ok(()))) {
             return;
@@ -415,7 +420,7 @@ pub(super) fn send(
     parts: [&[u8]; 3],
 ) -> impl Future<Output = bool> {
     // By hand, because an async block would hold the parts twice.
-    let mut sending = timer.within(Instant::now() + timeout, conn.send(parts));
+    let mut sending = timer.within(clock::now() + timeout, conn.send(parts));
     poll_fn(move |cx| Pin::new(&mut sending).poll(cx).map(|sent| matches!(sent, Ok(Ok(())))))
 }
 
@@ -431,18 +436,28 @@ fn notes(head: &RequestHead<'_, '_>, id: &RequestId) -> Notes {
 }
 
 /// The head of an answer of our own; its body is `text` and a line end.
-fn write_answer(head: &mut Vec<u8>, status: u16, text: &str, extra: &[u8], connection: &[u8]) {
+fn write_answer(
+    head: &mut Vec<u8>,
+    status: u16,
+    text: &str,
+    edits: Option<&FieldEdits>,
+    extra: &[u8],
+    connection: &[u8],
+) {
     let mut room = [0; 20];
     put(head, &[b"HTTP/1.1 ", decimal(u64::from(status), &mut room), b" ", text.as_bytes(), b"\r\n"]);
-    put(
-        head,
-        &[b"Date: ", &crate::clock::http_date(), b"\r\nContent-Type: text/plain\r\n", extra, connection],
-    );
+    let date = clock::http_date();
+    let fields: [&[u8]; 4] = [b"Date: ", &date, b"\r\nContent-Type: text/plain\r\n", extra];
+    match edits {
+        None => put(head, &fields),
+        Some(edits) => {
+            let mut lines = Output::take();
+            put(&mut lines, &fields);
+            edits.write_kept(head, &lines);
+            head.extend_from_slice(&edits.lines);
+        }
+    }
+    head.extend_from_slice(connection);
     let length = text.len() as u64 + 1;
     put(head, &[b"Content-Length: ", decimal(length, &mut room), b"\r\n\r\n"]);
-}
-
-/// Keeps `Pin` in scope for the modules below, which poll streams by hand.
-pub(super) fn pin<T: Unpin>(value: &mut T) -> Pin<&mut T> {
-    Pin::new(value)
 }

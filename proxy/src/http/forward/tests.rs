@@ -17,7 +17,7 @@ fn reserialised(bytes: &[u8]) -> Option<Vec<u8>> {
     let told = client.forwarded(|| claims(&head));
     let id = RequestId::new(head.first(Field::XRequestId), &mut fastrand::Rng::with_seed(1));
     let mut out = Vec::new();
-    write_request(&mut out, &head, &client, &told, &id);
+    write_request(&mut out, &head, &client, &told, &id, None);
     Some(out)
 }
 
@@ -31,6 +31,11 @@ fn requests() {
         (
             "GET / HTTP/1.1\r\nb: 2\r\nHost: a\r\nCookie: c=1\r\nA:1 \r\nCOOKIE: d=2\r\nUser-Agent: u\r\nReferer: r\r\n\r\n",
             "GET / HTTP/1.1\r\nHost: a\r\nb: 2\r\nCookie: c=1\r\nA: 1\r\nCOOKIE: d=2\r\nUser-Agent: u\r\nReferer: r\r\n\r\n",
+        ),
+        // However it is spaced, on its own and between lines that are copied as they came.
+        (
+            "GET / HTTP/1.1\r\nHost: a\r\nA: 1\r\nB:2\r\nC:\r\nD:  4\r\nE: 5 \r\nF:\t6\r\nG: 7\r\nH: \r\nI: 9: \r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: a\r\nA: 1\r\nB: 2\r\nC: \r\nD: 4\r\nE: 5\r\nF: 6\r\nG: 7\r\nH: \r\nI: 9:\r\n\r\n",
         ),
         // What ends at this hop, by name and by nomination.
         (
@@ -82,7 +87,7 @@ fn delivered(text: &str, to_head: bool, to: Delivery, extra: &str) -> String {
     let mut room = HeaderRoom::new();
     let head = ResponseHead::parse(text.as_bytes(), &mut room, to_head).unwrap().unwrap();
     let mut out = Vec::new();
-    write_response(&mut out, &head, to, extra.as_bytes());
+    write_response(&mut out, &head, to, extra.as_bytes(), None);
     String::from_utf8(out).unwrap()
 }
 
