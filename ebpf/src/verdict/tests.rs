@@ -26,7 +26,7 @@ fn table(service: Service) -> ServiceTable {
         .into_iter()
         .collect(),
         services: [(name, Arc::new(service))].into_iter().collect(),
-        cluster_ips: [VIP.parse().unwrap()].into_iter().collect(),
+        cluster_ips: [VIP.parse::<IpAddr>().unwrap()].into_iter().collect(),
         node: Arc::new(Node {
             addresses: [("192.168.50.1".parse().unwrap(), true), ("192.168.51.1".parse().unwrap(), false)]
                 .into(),
