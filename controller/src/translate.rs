@@ -21,6 +21,7 @@ mod ingresses;
 mod plan;
 mod pools;
 mod resilience;
+mod service;
 mod settings;
 mod status;
 mod steering;
@@ -30,8 +31,10 @@ mod wish;
 use certificates::Certificates;
 use ingresses::{Classes, Ingresses};
 use pools::Pools;
+use service::Services;
 use streams::Streams;
 
+pub use service::{NodeOptions, NodePorts};
 pub use streams::StreamOptions;
 pub(crate) use wish::balance;
 
@@ -51,6 +54,8 @@ pub struct Options {
     pub load_balance: Balance,
     /// TCP and UDP ports that are relayed as they are.
     pub streams: StreamOptions,
+    /// The node whose service plane this feeds. `None`: there is none.
+    pub node: Option<NodeOptions>,
 }
 
 /// What should be live.
@@ -82,6 +87,7 @@ pub struct Translator {
     endpoints: endpoints::Index,
     hosts: HashMap<HostPattern, host::Found>,
     pools: Pools,
+    services: Services,
     certificates: Certificates,
     streams: Streams,
     #[cfg(test)]
@@ -180,9 +186,19 @@ impl Translator {
         let zones_changed = changes(&old.nodes, &self.store.nodes).any(|(_, old, new)| {
             old.and_then(|old| old.zone.as_ref()) != new.and_then(|new| new.zone.as_ref())
         });
-        if zones_changed {
+        if zones_changed || self.own_node_changed(old) {
             dirty.services.extend(self.store.services.keys().cloned());
         }
+    }
+
+    /// Its zone decides about topology, its addresses about source ranges.
+    fn own_node_changed(&mut self, old: &Store) -> bool {
+        let Some(options) = &self.options.node else { return false };
+        let made = service::node(options, &self.store);
+        if *self.desired.services.node != made {
+            self.desired.services.node = Arc::new(made);
+        }
+        service::own_node(options, old) != service::own_node(options, &self.store)
     }
 
     fn read_secrets(&mut self, old: &Store, dirty: &mut Dirty) {
@@ -250,7 +266,18 @@ impl Translator {
         for key in &dirty.services {
             self.pools.make(key, &self.store, &self.endpoints, &mut self.desired);
         }
-        self.pools.settle(&mut self.desired.services);
+        let mut told = BTreeSet::new();
+        if let Some(options) = &self.options.node {
+            for key in &dirty.services {
+                self.services.make(key, options, &self.store, &self.endpoints);
+            }
+            told = self.services.settle(&dirty.services, &mut self.desired.services);
+        }
+        for key in dirty.services.union(&told) {
+            let mut notices = self.pools.notices(key);
+            notices.extend(self.services.notices(key));
+            set_status(&mut self.desired, key.reference(Kind::Service), notices, false);
+        }
     }
 
     fn make_certificates(&mut self, dirty: &mut Dirty) {

@@ -23,9 +23,10 @@ pub(super) fn read(
     };
     let none = |ip: &String| ip == "None";
     let external = spec.external_ips.take().unwrap_or_default();
-    let external_ips = external.iter().enumerate().filter_map(|(index, ip)| {
-        address(ip, || format!(".spec.externalIPs[{index}]"), notices)
-    });
+    let external_ips = external
+        .iter()
+        .enumerate()
+        .filter_map(|(index, ip)| address(ip, || format!(".spec.externalIPs[{index}]"), notices));
     let external_ips = external_ips.collect();
     let port_of_checks = spec.health_check_node_port.filter(|number| *number != 0);
     Exposure {
