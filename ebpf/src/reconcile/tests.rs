@@ -197,7 +197,7 @@ impl World {
 
     /// Everything is as the table says.
     fn assert_live(&mut self) {
-        let table = self.table.clone();
+        let (table, restarted) = (self.table.clone(), self.restarted);
         let state = &self.reconciler().maps().maps.state;
         for (frontend, target) in &table.frontends {
             for which in Which::ALL {
@@ -206,7 +206,7 @@ impl World {
             }
         }
         assert_eq!(state.frontends.len(), table.frontends.len() + table.cluster_ips.len());
-        if self.restarted {
+        if restarted {
             // What a predecessor left half-way leads nowhere, and is not cleaned up yet.
             return;
         }
