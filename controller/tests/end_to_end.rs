@@ -24,7 +24,7 @@ use scenarios::FEATURES;
 use support::binary::{Binary, curl};
 use support::clients::{Answer, Connection, Question, Trust, Version};
 use support::examples::Ask::{OtherCertificate, Plain, Tls};
-use support::examples::Right::{self, By, Status, ToHttps};
+use support::examples::Right::{self, By, Status, Sticky, ToHttps};
 use support::examples::{EXAMPLES, Example};
 use support::gate::Gate;
 use support::manifests::{self, Identity};
@@ -136,6 +136,11 @@ fn check(
     let at = format!("{file}: {version:?} {host}{path}");
     match right {
         By(name) => assert_eq!((answer.status, answer.body.as_str()), (200, name), "{at}"),
+        Sticky(name, parts) => {
+            assert_eq!((answer.status, answer.body.as_str()), (200, name), "{at}");
+            let cookie = answer.header("set-cookie").unwrap_or_else(|| panic!("{at}: no cookie"));
+            assert!(parts.iter().all(|part| cookie.contains(part)), "{at}: {cookie}");
+        }
         Status(status) => assert_eq!(answer.status, status, "{at}: {}", answer.body),
         ToHttps => {
             assert_eq!(answer.status, 308, "{at}: {}", answer.body);

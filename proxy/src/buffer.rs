@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 /// Bytes a fresh buffer holds: one TLS record, and most requests whole.
 pub(crate) const BUFFER_BYTES: usize = 16 << 10;
 
-/// Most heads fit; a larger one grows its output.
+/// Most heads fit, and a small body behind them; what is larger grows its output.
 const OUTPUT_BYTES: usize = 4 << 10;
 
 /// Free buffers kept per worker (16 MiB); more are given back to the allocator.

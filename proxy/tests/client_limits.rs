@@ -95,9 +95,9 @@ fn the_answer_is_as_configured_and_the_connection_lives_on() {
 }
 
 /// An endpoint that answers when it is told to, and says when it was asked.
-fn patient() -> (SocketAddr, mpsc::Receiver<()>, mpsc::Sender<()>) {
-    let (asked, was_asked) = mpsc::channel();
-    let (answer, may_answer) = mpsc::channel();
+fn patient() -> (SocketAddr, mpsc::Receiver<()>, mpsc::SyncSender<()>) {
+    let (asked, was_asked) = mpsc::sync_channel(16);
+    let (answer, may_answer) = mpsc::sync_channel(16);
     let may_answer = std::sync::Mutex::new(may_answer);
     let address = endpoint(move |mut stream: TcpStream| {
         while !read_head(&mut stream).is_empty() {

@@ -8,7 +8,7 @@ use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use lockgate_proxy::metrics::{Breach, WorkerMetrics};
 use lockgate_proxy::table::{Host, HostPattern, PathMatch, UpstreamProtocol};
@@ -159,7 +159,7 @@ impl Subject {
 }
 
 fn until(mut happened: impl FnMut() -> bool) {
-    let start = Instant::now();
+    let start = tokio::time::Instant::now();
     while !happened() {
         assert!(start.elapsed() < toy::PATIENCE, "this should not take so long");
         std::thread::sleep(Duration::from_millis(5));
@@ -243,7 +243,8 @@ const FLOODS: &[Flood] = &[
     Flood {
         name: "malformed requests",
         breach: Breach::Excess,
-        held: 128 * KIB,
+        // What the `h2` crate remembers of 256 streams it has reset, in a table that has just doubled: 160 KiB.
+        held: 192 * KIB,
         frames: |n| frame(HEADERS, END_HEADERS | END_STREAM, 2 * n + 1, &field(b"no-pseudo-fields", b"x")),
     },
     Flood {
@@ -300,7 +301,10 @@ fn floods_end() {
                 peer.read();
             }
             let taken = !peer.flood(400_000, flood.frames);
-            peer.read();
+            // One reader only: two would tear each other's frames.
+            if !reads {
+                peer.read();
+            }
             let codes = peer.ended();
             let Flood { name, breach, held, .. } = flood;
             println!(

@@ -76,7 +76,7 @@ async fn each_client_has_a_flow_of_its_own_and_gets_its_own_answers() {
     let endpoint = Endpoint::start("here", 1).await;
     let config = Config { workers: 2, ..with(L4Options { udp_responses: 0, ..L4Options::default() }) };
     let (gate, port) = Gate::with(config, table(Transport::Udp, &[endpoint.address])).await;
-    let mut flows = std::collections::HashSet::new();
+    let (mut flows, mut clients) = (std::collections::HashSet::new(), Vec::new());
     for n in 0..50 {
         let client = client(port).await;
         let first = ask(&client, &format!("from {n}")).await;
@@ -84,6 +84,8 @@ async fn each_client_has_a_flow_of_its_own_and_gets_its_own_answers() {
         let again = ask(&client, &format!("again from {n}")).await;
         assert_eq!(flow(&first), flow(&again));
         flows.insert(flow(&first).to_owned());
+        // Kept, so that the next one cannot have its port, and with it its flow.
+        clients.push(client);
     }
     assert_eq!(flows.len(), 50);
     gate.counts(Transport::Udp, 50, |slot| slot.opened.value()).await;

@@ -11,7 +11,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use toy::{connect, endpoint, proxy_to, read_head};
 
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length).map(|i| (i * 31 >> 7) as u8).collect()
+    (0..length).map(|i| ((i * 31) >> 7) as u8).collect()
 }
 
 /// Answers every request with `said` bytes of body announced and `sent` of them sent.
@@ -79,7 +79,7 @@ fn a_body_cut_short_is_not_ended_properly() {
 
 #[test]
 fn a_client_that_leaves_midway_frees_the_endpoint() {
-    let (gone, left) = std::sync::mpsc::channel();
+    let (gone, left) = std::sync::mpsc::sync_channel(1);
     let address = endpoint(move |mut stream: TcpStream| {
         read_head(&mut stream);
         stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n").unwrap();

@@ -29,13 +29,15 @@ const fn brought(
 pub enum Right {
     /// 200 by this `service:port`.
     By(&'static str),
+    /// 200 by this `service:port`, with a cookie that has these parts.
+    Sticky(&'static str, &'static [&'static str]),
     /// This status, by the gate itself.
     Status(u16),
     /// 308 to the same by https.
     ToHttps,
 }
 
-use Right::{By, Status, ToHttps};
+use Right::{By, Status, Sticky, ToHttps};
 
 /// One request.
 pub enum Ask {
@@ -220,10 +222,10 @@ pub const EXAMPLES: &[Example] = &[
         backends: BEHIND_HTTP_SVC,
         secrets: &[],
         asks: &[
-            Plain("stickyingress.example.com", "/", By("http-svc:80")),
+            Plain("stickyingress.example.com", "/", Sticky("http-svc:80", &["route=", "Max-Age=172800"])),
             Plain("example.com", "/", Status(404)),
         ],
-        said: &["Ingress default/nginx-test: Warning", "affinity is not implemented yet"],
+        said: &[],
     },
     Example {
         file: "ingress-nginx/affinity-cookie-ingress-samesite.yaml",
@@ -231,11 +233,19 @@ pub const EXAMPLES: &[Example] = &[
         backends: BEHIND_HTTP_SVC,
         secrets: &[],
         asks: &[
-            Plain("stickyingress-samesite-none.example.com", "/", By("http-svc:80")),
-            Plain("stickyingress-samesite-strict.example.com", "/x", By("http-svc:80")),
+            Plain(
+                "stickyingress-samesite-none.example.com",
+                "/",
+                Sticky("http-svc:80", &["SSNONE=", "Secure", "SameSite=None"]),
+            ),
+            Plain(
+                "stickyingress-samesite-strict.example.com",
+                "/x",
+                Sticky("http-svc:80", &["STRICTCOOKIENAME=", "SameSite=Strict"]),
+            ),
             Plain("stickyingress.example.com", "/", Status(404)),
         ],
-        said: &["session-cookie-samesite is not implemented yet"],
+        said: &[],
     },
     Example {
         file: "ingress-nginx/auth-external-auth-ingress.yaml",

@@ -238,38 +238,41 @@ impl Order<'_> {
     /// Tries endpoints until one has answered with a final response head, which
     /// is then whole in `answer`. `head` is the request head, and body bytes
     /// that can be sent again.
-    pub(crate) async fn obtain<S: Source>(
+    #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+    pub(crate) fn obtain<S: Source>(
         &self,
         timer: &mut Timer,
         source: &mut S,
         head: &[u8],
         answer: &mut Buffer,
         record: &mut Record,
-    ) -> Result<(Rc<Upstream>, Peer), Failure> {
-        let mut course = Course::default();
-        let mut chosen = self.first(&mut course, record)?;
-        loop {
-            let Chosen { mut upstream, busy } = chosen;
-            let attempt =
-                self.attempt(timer, source, head, answer, record, &mut course, &mut upstream, busy).await;
-            chosen = match attempt {
-                Ok((peer, status)) => {
-                    self.answered(&upstream, status, record, course.since);
-                    match self.instead(&mut course, &upstream, status, source.is_repeatable(), record) {
-                        None => return Ok((upstream, peer)),
-                        Some(next) => {
-                            self.turn_down(source, &upstream, peer, answer);
-                            next
+    ) -> impl Future<Output = Result<(Rc<Upstream>, Peer), Failure>> {
+        async move {
+            let mut course = Course::default();
+            let mut chosen = self.first(&mut course, record)?;
+            loop {
+                let Chosen { mut upstream, busy } = chosen;
+                let attempt =
+                    self.attempt(timer, source, head, answer, record, &mut course, &mut upstream, busy).await;
+                chosen = match attempt {
+                    Ok((peer, status)) => {
+                        self.answered(&upstream, status, record, course.since);
+                        match self.instead(&mut course, &upstream, status, source.is_repeatable(), record) {
+                            None => return Ok((upstream, peer)),
+                            Some(next) => {
+                                self.turn_down(source, &upstream, peer, answer);
+                                next
+                            }
                         }
                     }
-                }
-                Err(lost) => {
-                    self.lost(&mut course, &upstream, record, lost)?;
-                    self.next(&mut course, record)?
-                }
-            };
-            answer.clear();
-            source.rewind();
+                    Err(lost) => {
+                        self.lost(&mut course, &upstream, record, lost)?;
+                        self.next(&mut course, record)?
+                    }
+                };
+                answer.clear();
+                source.rewind();
+            }
         }
     }
 
@@ -291,7 +294,8 @@ impl Order<'_> {
     }
 
     /// One attempt; in `answer` is then a final response head, whose status is returned.
-    async fn attempt<S: Source>(
+    #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+    fn attempt<S: Source>(
         &self,
         timer: &mut Timer,
         source: &mut S,
@@ -301,25 +305,27 @@ impl Order<'_> {
         course: &mut Course,
         upstream: &mut Rc<Upstream>,
         busy: InFlight,
-    ) -> Result<(Peer, u16), Lost> {
-        self.begin_try();
-        if let Some(delay) = self.hedge_delay(course) {
-            let hedged = self.hedged(timer, source, head, answer, record, course, upstream, busy, delay);
-            return Box::pin(hedged).await;
-        }
-        let (mut peer, reused) = self.connected(timer, upstream, course.fresh_only).await?;
-        let since_start = reused && course.is_first();
-        record.connected = Some(if since_start { record.started } else { Instant::now() });
-        peer.occupy(busy);
-        // A failed write is not the end: the endpoint may have answered before it hung up.
-        let sent = timer.within(self.send_deadline(), peer.conn.send([head, &[], &[]])).await;
-        let answered = match sent {
-            Ok(_) => self.await_head(timer, source, &mut peer.conn, answer, record).await,
-            Err(Late) => Err(self.late()),
-        };
-        match answered {
-            Ok(status) => Ok((peer, status)),
-            Err(failure) => Err(self.lost_on(upstream, course, failure, reused, source.is_repeatable())),
+    ) -> impl Future<Output = Result<(Peer, u16), Lost>> {
+        async move {
+            self.begin_try();
+            if let Some(delay) = self.hedge_delay(course) {
+                let hedged = self.hedged(timer, source, head, answer, record, course, upstream, busy, delay);
+                return Box::pin(hedged).await;
+            }
+            let (mut peer, reused) = self.connected(timer, upstream, course.fresh_only).await?;
+            let since_start = reused && course.is_first();
+            record.connected = Some(if since_start { record.started } else { Instant::now() });
+            peer.occupy(busy);
+            // A failed write is not the end: the endpoint may have answered before it hung up.
+            let sent = timer.within(self.send_deadline(), peer.conn.send([head, &[], &[]])).await;
+            let answered = match sent {
+                Ok(_) => self.await_head(timer, source, &mut peer.conn, answer, record).await,
+                Err(Late) => Err(self.late()),
+            };
+            match answered {
+                Ok(status) => Ok((peer, status)),
+                Err(failure) => Err(self.lost_on(upstream, course, failure, reused, source.is_repeatable())),
+            }
         }
     }
 
@@ -367,39 +373,44 @@ impl Order<'_> {
 
     /// Waits for a final response head and returns its status. Interim
     /// responses pass to the client on the way.
-    pub(crate) async fn await_head<S: Source>(
+    #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+    pub(crate) fn await_head<S: Source>(
         &self,
         timer: &mut Timer,
         source: &mut S,
         endpoint: &mut Conn,
         answer: &mut Buffer,
         record: &mut Record,
-    ) -> Result<u16, Failure> {
-        loop {
-            while let Some(status) = peek_status(answer.filled(), self.is_head)? {
-                if !(100..200).contains(&status) || status == 101 {
-                    return Ok(status);
+    ) -> impl Future<Output = Result<u16, Failure>> {
+        async move {
+            loop {
+                while let Some(status) = peek_status(answer.filled(), self.is_head)? {
+                    if !(100..200).contains(&status) || status == 101 {
+                        return Ok(status);
+                    }
+                    let (interim, length) = interim_head(answer.filled())?;
+                    answer.consume(length);
+                    if !source.interim(timer, &interim).await {
+                        return Err(Failure::Client);
+                    }
                 }
-                let (interim, length) = interim_head(answer.filled())?;
-                answer.consume(length);
-                if !source.interim(timer, &interim).await {
-                    return Err(Failure::Client);
+                if answer.has_storage() && !answer.make_room(RESPONSE_HEAD_BYTES) {
+                    return Err(Failure::Nonsense("response head too large"));
                 }
+                match step(self, timer, source, endpoint, answer).await {
+                    Ok(0) if answer.is_empty() => {
+                        return Err(Failure::Endpoint("endpoint closed the connection"));
+                    }
+                    // Not to be taken for an old connection that ended: it has begun to answer.
+                    Ok(0) | Err(Failure::Endpoint(_)) if !answer.is_empty() => {
+                        return Err(Failure::Nonsense(
+                            "endpoint closed the connection within a response head",
+                        ));
+                    }
+                    read => read?,
+                };
+                record.first_byte.get_or_insert_with(Instant::now);
             }
-            if answer.has_storage() && !answer.make_room(RESPONSE_HEAD_BYTES) {
-                return Err(Failure::Nonsense("response head too large"));
-            }
-            match step(self, timer, source, endpoint, answer).await {
-                Ok(0) if answer.is_empty() => {
-                    return Err(Failure::Endpoint("endpoint closed the connection"));
-                }
-                // Not to be taken for an old connection that ended: it has begun to answer.
-                Ok(0) | Err(Failure::Endpoint(_)) if !answer.is_empty() => {
-                    return Err(Failure::Nonsense("endpoint closed the connection within a response head"));
-                }
-                read => read?,
-            };
-            record.first_byte.get_or_insert_with(Instant::now);
         }
     }
 }
@@ -414,45 +425,50 @@ enum Step {
 /// Waits until the endpoint has sent something into `answer`; meanwhile the
 /// request body goes up. Returns the bytes read, 0 at the end of the stream.
 /// The deadline starts anew with every piece that moves.
-pub(crate) async fn step<S: Source>(
+#[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+pub(crate) fn step<S: Source>(
     order: &Order<'_>,
     timer: &mut Timer,
     source: &mut S,
     endpoint: &mut Conn,
     answer: &mut Buffer,
-) -> Result<usize, Failure> {
-    loop {
-        order.in_time()?;
-        let awaits = source.awaits();
-        let next = poll_fn(|cx| {
-            let uploaded = match source.is_active() {
-                true => source.poll_upload(cx, endpoint),
-                false => Poll::Pending,
+) -> impl Future<Output = Result<usize, Failure>> {
+    async move {
+        loop {
+            order.in_time()?;
+            let awaits = source.awaits();
+            let next = poll_fn(|cx| {
+                let uploaded = match source.is_active() {
+                    true => source.poll_upload(cx, endpoint),
+                    false => Poll::Pending,
+                };
+                match (endpoint.poll_fill(cx, answer), uploaded) {
+                    (Poll::Ready(read), _) => Poll::Ready(Step::Read(read)),
+                    (Poll::Pending, Poll::Ready(Ok(()))) => Poll::Ready(Step::Uploaded),
+                    (Poll::Pending, Poll::Ready(Err(error))) => Poll::Ready(Step::UploadFailed(error)),
+                    // Another deadline holds from here on.
+                    (Poll::Pending, Poll::Pending) if source.awaits() != awaits => {
+                        Poll::Ready(Step::Uploaded)
+                    }
+                    (Poll::Pending, Poll::Pending) => source.poll_gone(cx).map(|()| Step::Gone),
+                }
+            });
+            return match timer.within(order.deadline(awaits), next).await {
+                Ok(Step::Read(Ok(n))) => Ok(n),
+                Ok(Step::Read(Err(_))) => Err(Failure::Endpoint("connection to the endpoint broke")),
+                Ok(Step::Uploaded) => continue,
+                // It may have answered before it stopped taking the body.
+                Ok(Step::UploadFailed(UploadError::Endpoint)) => {
+                    source.abandon();
+                    continue;
+                }
+                Ok(Step::UploadFailed(error)) => Err(error.into()),
+                Ok(Step::Gone) => Err(Failure::Client),
+                // The endpoint waits as we do: not its fault.
+                Err(Late) if awaits == Awaits::Client && !order.is_overdue() => Err(SLOW_BODY),
+                Err(Late) => Err(order.late()),
             };
-            match (endpoint.poll_fill(cx, answer), uploaded) {
-                (Poll::Ready(read), _) => Poll::Ready(Step::Read(read)),
-                (Poll::Pending, Poll::Ready(Ok(()))) => Poll::Ready(Step::Uploaded),
-                (Poll::Pending, Poll::Ready(Err(error))) => Poll::Ready(Step::UploadFailed(error)),
-                // Another deadline holds from here on.
-                (Poll::Pending, Poll::Pending) if source.awaits() != awaits => Poll::Ready(Step::Uploaded),
-                (Poll::Pending, Poll::Pending) => source.poll_gone(cx).map(|()| Step::Gone),
-            }
-        });
-        return match timer.within(order.deadline(awaits), next).await {
-            Ok(Step::Read(Ok(n))) => Ok(n),
-            Ok(Step::Read(Err(_))) => Err(Failure::Endpoint("connection to the endpoint broke")),
-            Ok(Step::Uploaded) => continue,
-            // It may have answered before it stopped taking the body.
-            Ok(Step::UploadFailed(UploadError::Endpoint)) => {
-                source.abandon();
-                continue;
-            }
-            Ok(Step::UploadFailed(error)) => Err(error.into()),
-            Ok(Step::Gone) => Err(Failure::Client),
-            // The endpoint waits as we do: not its fault.
-            Err(Late) if awaits == Awaits::Client && !order.is_overdue() => Err(SLOW_BODY),
-            Err(Late) => Err(order.late()),
-        };
+        }
     }
 }
 

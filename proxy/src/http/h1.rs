@@ -279,43 +279,46 @@ impl Http1 {
         Ok(Some(plan))
     }
 
-    async fn carry_out(
+    #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+    fn carry_out(
         &mut self,
         started: Instant,
         router: &Router,
         plan: &mut Plan<'_>,
         out: &mut Output,
-    ) -> Next {
-        let mut record = Record::new(started);
-        self.worker.metrics.requests_in_flight.inc();
-        let next = match &plan.verdict {
-            Verdict::Answer(answer) => {
-                let (status, reason) = (answer.status, "");
-                self.answer(plan.shape, status, reason, out, &mut record).await
-            }
-            Verdict::Forward(forward) => {
-                let worker = self.worker.clone();
-                let (idempotent, is_head) = (plan.idempotent, plan.shape.is_head);
-                let mut order = Order::new(&worker, router, *forward, idempotent, is_head, started);
-                order.bodiless = plan.shape.framing == Framing::None && plan.upgrade.is_empty();
-                match plan.request.take() {
-                    None => self.forward(&order, plan, out, &mut record).await,
-                    Some(request) => {
-                        // HTTP/2 allocates per request anyway.
-                        Box::pin(self.forward_over_h2(&order, plan, *request, out, &mut record)).await
+    ) -> impl Future<Output = Next> {
+        async move {
+            let mut record = Record::new(started);
+            self.worker.metrics.requests_in_flight.inc();
+            let next = match &plan.verdict {
+                Verdict::Answer(answer) => {
+                    let (status, reason) = (answer.status, "");
+                    self.answer(plan.shape, status, reason, out, &mut record).await
+                }
+                Verdict::Forward(forward) => {
+                    let worker = self.worker.clone();
+                    let (idempotent, is_head) = (plan.idempotent, plan.shape.is_head);
+                    let mut order = Order::new(&worker, router, *forward, idempotent, is_head, started);
+                    order.bodiless = plan.shape.framing == Framing::None && plan.upgrade.is_empty();
+                    match plan.request.take() {
+                        None => self.forward(&order, plan, out, &mut record).await,
+                        Some(request) => {
+                            // HTTP/2 allocates per request anyway.
+                            Box::pin(self.forward_over_h2(&order, plan, *request, out, &mut record)).await
+                        }
                     }
                 }
+            };
+            if !matches!(next, Next::Tunnel(..)) {
+                self.held = None;
             }
-        };
-        if !matches!(next, Next::Tunnel(..)) {
-            self.held = None;
+            self.now = Instant::now();
+            self.worker.metrics.requests_in_flight.dec();
+            let protocol = if plan.shape.minor == 0 { "HTTP/1.0" } else { "HTTP/1.1" };
+            let verdict = Some(&plan.verdict);
+            finish(&self.worker, &self.client, protocol, verdict, &record, plan.notes.as_ref(), self.now);
+            next
         }
-        self.now = Instant::now();
-        self.worker.metrics.requests_in_flight.dec();
-        let protocol = if plan.shape.minor == 0 { "HTTP/1.0" } else { "HTTP/1.1" };
-        let verdict = Some(&plan.verdict);
-        finish(&self.worker, &self.client, protocol, verdict, &record, plan.notes.as_ref(), self.now);
-        next
     }
 
     /// Answers in place of an endpoint. `out` may hold extra header lines.
@@ -405,8 +408,15 @@ impl Http1 {
 }
 
 /// Writes to a client. False: it is gone, or too slow in taking it.
-pub(super) async fn send(timer: &mut Timer, conn: &mut Conn, timeout: Duration, parts: [&[u8]; 3]) -> bool {
-    matches!(timer.within(Instant::now() + timeout, conn.send(parts)).await, Ok(Ok(())))
+pub(super) fn send(
+    timer: &mut Timer,
+    conn: &mut Conn,
+    timeout: Duration,
+    parts: [&[u8]; 3],
+) -> impl Future<Output = bool> {
+    // By hand, because an async block would hold the parts twice.
+    let mut sending = timer.within(Instant::now() + timeout, conn.send(parts));
+    poll_fn(move |cx| Pin::new(&mut sending).poll(cx).map(|sent| matches!(sent, Ok(Ok(())))))
 }
 
 fn notes(head: &RequestHead<'_, '_>, id: &RequestId) -> Notes {

@@ -223,8 +223,10 @@ impl RequestView for Http1View<'_, '_, '_> {
 
 /// More bytes are needed, unless the limits already say no.
 fn partial<T>(bytes: &[u8], limits: &Limits) -> Result<Option<T>, Reject> {
-    let line_ended = bytes.contains(&b'\n');
-    if !line_ended && bytes.len() > limits.target_bytes + LINE_REST + 11 {
+    // Ended or not: what is refused while it arrives stays refused.
+    let begun = bytes.iter().position(|byte| !matches!(byte, b'\r' | b'\n')).unwrap_or(bytes.len());
+    let line = bytes[begun..].split(|byte| *byte == b'\n').next().unwrap_or_default();
+    if line.len() > limits.target_bytes + LINE_REST + 11 {
         return Err(Reject { status: 414, reason: "target too long" });
     }
     if bytes.len() >= limits.header_bytes {

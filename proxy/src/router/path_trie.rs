@@ -40,10 +40,10 @@ const NONE: u32 = u32::MAX;
 pub(super) fn encode<'a>(paths: impl Iterator<Item = &'a PathMatch>) -> Vec<u8> {
     let mut keys: Vec<Key> = paths.zip(0..).map(|(path, rule)| Key::new(path, rule)).collect();
     keys.sort_by_key(|key| (key.bytes, key.rule));
-    let narrow = Build::<2>::new(&keys);
+    let narrow = Build::<2>::trie_of(&keys);
     // The last rule and the last byte have the largest numbers.
     let fits = narrow.len() <= usize::from(u16::MAX) && keys.len() <= usize::from(u16::MAX);
-    if fits { narrow } else { Build::<4>::new(&keys) }
+    if fits { narrow } else { Build::<4>::trie_of(&keys) }
 }
 
 /// The number of the rule for `path`: exact, else the longest; of equal length
@@ -166,7 +166,7 @@ struct Build<'k, const W: usize> {
 }
 
 impl<'k, const W: usize> Build<'k, W> {
-    fn new(keys: &'k [Key<'k>]) -> Vec<u8> {
+    fn trie_of(keys: &'k [Key<'k>]) -> Vec<u8> {
         let mut build = Build::<W> { keys, waiting: [(0, keys.len(), 0, 1)].into(), trie: vec![W as u8] };
         while let Some((from, to, depth, offset)) = build.waiting.pop_front() {
             if offset > 1 {

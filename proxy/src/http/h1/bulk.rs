@@ -39,36 +39,39 @@ pub(super) fn sockets<'c>(
 
 /// Moves up to `left` bytes and adds them to `moved`, from 0; fewer if this worker has
 /// no pipe: the rest is to be copied. The error says why the body is cut short.
-pub(super) async fn splice(
+#[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+pub(super) fn splice(
     order: &Order<'_>,
     timer: &mut Timer,
     (left, from, to): (u64, &TcpStream, &TcpStream),
     moved: &mut u64,
-) -> Result<(), &'static str> {
-    let mut splice = Splice::new();
-    while *moved < left {
-        order.in_time().map_err(|_| OVERDUE)?;
-        let waiting_for_client = splice.held() > 0;
-        let deadline = match waiting_for_client {
-            true => order.bounded(Instant::now() + order.worker.config.timeouts.client),
-            false => order.read_deadline(),
-        };
-        let step = poll_fn(|cx| match splice.poll(cx, from, to, left - *moved) {
-            // Another deadline holds from here on.
-            Poll::Pending if (splice.held() > 0) != waiting_for_client => Poll::Ready(None),
-            polled => polled.map(Some),
-        });
-        match timer.within(deadline, step).await {
-            Ok(None) => {}
-            Ok(Some(Ok(0))) => return Err("endpoint closed the connection within a response body"),
-            Ok(Some(Ok(n))) => *moved += n as u64,
-            Ok(Some(Err(SpliceError::NoPipe))) => break,
-            Ok(Some(Err(SpliceError::Source(_)))) => return Err("connection to the endpoint broke"),
-            Ok(Some(Err(SpliceError::Destination(_)))) => return Err("client closed the connection"),
-            Err(Late) if order.is_overdue() => return Err(OVERDUE),
-            Err(Late) if waiting_for_client => return Err("client took too long"),
-            Err(Late) => return Err("endpoint timed out within a response body"),
+) -> impl Future<Output = Result<(), &'static str>> {
+    async move {
+        let mut splice = Splice::new();
+        while *moved < left {
+            order.in_time().map_err(|_| OVERDUE)?;
+            let waiting_for_client = splice.held() > 0;
+            let deadline = match waiting_for_client {
+                true => order.bounded(Instant::now() + order.worker.config.timeouts.client),
+                false => order.read_deadline(),
+            };
+            let step = poll_fn(|cx| match splice.poll(cx, from, to, left - *moved) {
+                // Another deadline holds from here on.
+                Poll::Pending if (splice.held() > 0) != waiting_for_client => Poll::Ready(None),
+                polled => polled.map(Some),
+            });
+            match timer.within(deadline, step).await {
+                Ok(None) => {}
+                Ok(Some(Ok(0))) => return Err("endpoint closed the connection within a response body"),
+                Ok(Some(Ok(n))) => *moved += n as u64,
+                Ok(Some(Err(SpliceError::NoPipe))) => break,
+                Ok(Some(Err(SpliceError::Source(_)))) => return Err("connection to the endpoint broke"),
+                Ok(Some(Err(SpliceError::Destination(_)))) => return Err("client closed the connection"),
+                Err(Late) if order.is_overdue() => return Err(OVERDUE),
+                Err(Late) if waiting_for_client => return Err("client took too long"),
+                Err(Late) => return Err("endpoint timed out within a response body"),
+            }
         }
+        Ok(())
     }
-    Ok(())
 }

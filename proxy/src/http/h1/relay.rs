@@ -1,7 +1,6 @@
 //! HTTP/1 on both sides: the response of an endpoint on its way to the client.
 
 use std::future::poll_fn;
-use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use tokio::time::Instant;
@@ -16,7 +15,7 @@ use crate::http::record::Record;
 use crate::http::response::{BadResponse, ResponseHead};
 use crate::metrics::Reject;
 use crate::timer::{Late, Timer};
-use crate::upstream::{Peer, Upstream};
+use crate::upstream::Peer;
 
 use super::body::Incoming;
 use super::bulk;
@@ -25,6 +24,9 @@ use super::{Http1, Next, Plan, Shape, send};
 
 /// A small body is sent in the same write as its head.
 const INLINE_BODY: usize = 8 << 10;
+
+/// Up to here a copy behind the head costs less than a write of several parts.
+const COPIED: usize = 2 << 10;
 
 /// The client's half of an HTTP/1 connection during one exchange.
 pub(super) struct FromClient<'c> {
@@ -95,9 +97,12 @@ impl Source for FromClient<'_> {
         if hung_up { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    async fn interim(&mut self, timer: &mut Timer, head: &[u8]) -> bool {
-        self.invited = true;
-        self.minor == 0 || send(timer, self.conn, self.write_timeout, [head, &[], &[]]).await
+    #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+    fn interim(&mut self, timer: &mut Timer, head: &[u8]) -> impl Future<Output = bool> {
+        async move {
+            self.invited = true;
+            self.minor == 0 || send(timer, self.conn, self.write_timeout, [head, &[], &[]]).await
+        }
     }
 }
 
@@ -112,50 +117,59 @@ struct Reply {
 
 impl Http1 {
     /// Forwards the request whose head is in `out`.
-    pub(super) async fn forward(
+    #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+    pub(super) fn forward(
         &mut self,
         order: &Order<'_>,
         plan: &Plan<'_>,
         out: &mut Output,
         record: &mut Record,
-    ) -> Next {
-        let limit = order.body_limit();
-        if let Framing::Length(n) = plan.shape.framing
-            && n > limit
-        {
-            out.clear();
-            self.worker.metrics.rejected(Reject::BodyTooLarge);
-            return self.answer(plan.shape, 413, "request body too large", out, record).await;
-        }
-        let mut framing = plan.shape.framing;
-        if let Framing::Length(n) = framing
-            && n <= self.input.len().min(INLINE_BODY) as u64
-        {
-            out.extend_from_slice(&self.input.filled()[..n as usize]);
-            self.input.consume(n as usize);
-            record.bytes_in = n;
-            framing = Framing::None;
-        }
-        let Http1 { conn, input, timer, worker, .. } = self;
-        let write_timeout = worker.config.timeouts.client;
-        let upload = Upload::new(framing, limit, order.replay_bytes());
-        let (minor, invited) = (plan.shape.minor, !plan.expects_continue);
-        let mut source = FromClient { conn, input, upload, minor, invited, write_timeout, deaf: false };
-        let mut answer = Buffer::new();
-        let failure = match order.obtain(timer, &mut source, out, &mut answer, record).await {
-            Err(failure) => failure,
-            Ok((upstream, peer)) => {
-                let relayed =
-                    relay(order, timer, &mut source, plan, &upstream, peer, answer, out, record).await;
-                record.bytes_in += source.upload.bytes;
-                match relayed {
-                    Ok(next) => return next,
-                    Err(failure) => failure,
-                }
+    ) -> impl Future<Output = Next> {
+        async move {
+            let limit = order.body_limit();
+            if let Framing::Length(n) = plan.shape.framing
+                && n > limit
+            {
+                out.clear();
+                self.worker.metrics.rejected(Reject::BodyTooLarge);
+                return self.answer(plan.shape, 413, "request body too large", out, record).await;
             }
-        };
-        let shape = source.upload.shape_left(plan.shape);
-        self.answer_failure(shape, &failure, out, record).await
+            let mut framing = plan.shape.framing;
+            if let Framing::Length(n) = framing
+                && n <= self.input.len().min(INLINE_BODY) as u64
+            {
+                out.extend_from_slice(&self.input.filled()[..n as usize]);
+                self.input.consume(n as usize);
+                record.bytes_in = n;
+                framing = Framing::None;
+            }
+            let Http1 { conn, input, timer, worker, .. } = self;
+            let write_timeout = worker.config.timeouts.client;
+            let upload = Upload::new(framing, limit, order.replay_bytes());
+            let (minor, invited) = (plan.shape.minor, !plan.expects_continue);
+            let mut source = FromClient { conn, input, upload, minor, invited, write_timeout, deaf: false };
+            let mut answer = Buffer::new();
+            let failure = match order.obtain(timer, &mut source, out, &mut answer, record).await {
+                Err(failure) => failure,
+                Ok((upstream, mut peer)) => {
+                    let relayed =
+                        relay(order, timer, &mut source, plan, &mut peer, &mut answer, out, record).await;
+                    record.bytes_in += source.upload.bytes;
+                    match relayed {
+                        Ok(Relayed::Switched) => return Next::Tunnel(Box::new(peer), answer),
+                        Ok(Relayed::Done { next, reusable }) => {
+                            if reusable && answer.is_empty() {
+                                order.worker.upstreams.keep(&upstream, peer, clock::now_ms());
+                            }
+                            return next;
+                        }
+                        Err(failure) => failure,
+                    }
+                }
+            };
+            let shape = source.upload.shape_left(plan.shape);
+            self.answer_failure(shape, &failure, out, record).await
+        }
     }
 
     /// Answers for an endpoint that could not.
@@ -178,50 +192,59 @@ impl Http1 {
     }
 }
 
+/// What a response leaves behind.
+enum Relayed {
+    /// Two connections that now speak another protocol.
+    Switched,
+    /// The client's connection, and whether the endpoint's is as good as before.
+    Done { next: Next, reusable: bool },
+}
+
 /// Relays the response in `answer`. An error means that nothing of it has been sent.
-async fn relay(
+#[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+fn relay(
     order: &Order<'_>,
     timer: &mut Timer,
     source: &mut FromClient<'_>,
     plan: &Plan<'_>,
-    upstream: &Rc<Upstream>,
-    mut peer: Peer,
-    mut answer: Buffer,
+    peer: &mut Peer,
+    answer: &mut Buffer,
     out: &mut Output,
     record: &mut Record,
-) -> Result<Next, Failure> {
-    let reply = match reply(order, source, plan, &mut answer, out) {
-        Ok(reply) => reply,
-        Err(BadResponse(reason)) => return Err(Failure::Nonsense(reason)),
-    };
-    (record.status, record.upstream_status) = (reply.status, reply.status);
-    if reply.switches {
-        order.worker.metrics.upgrades.inc();
-        return Ok(match send(timer, source.conn, source.write_timeout, [out, &[], &[]]).await {
-            true => Next::Tunnel(Box::new(peer), answer),
-            false => Next::Close(false),
-        });
-    }
-    let delivered = deliver(order, timer, source, &reply, &mut peer.conn, &mut answer, out, record).await;
-    if let Err(broken) = delivered {
-        let reason = match broken {
-            Broken::Unsent(reason) => return Err(Failure::Nonsense(reason)),
-            Broken::Midway(reason) => reason,
+) -> impl Future<Output = Result<Relayed, Failure>> {
+    async move {
+        let close = |sending| Relayed::Done { next: Next::Close(sending), reusable: false };
+        let reply = match reply(order, source, plan, answer, out) {
+            Ok(reply) => reply,
+            Err(BadResponse(reason)) => return Err(Failure::Nonsense(reason)),
         };
-        // The client sees a body cut short; there is no other way to tell it.
-        record.reason = reason;
-        return Ok(Next::Close(false));
+        (record.status, record.upstream_status) = (reply.status, reply.status);
+        if reply.switches {
+            order.worker.metrics.upgrades.inc();
+            return Ok(match send(timer, source.conn, source.write_timeout, [out, &[], &[]]).await {
+                true => Relayed::Switched,
+                false => close(false),
+            });
+        }
+        let delivered = deliver(order, timer, source, &reply, &mut peer.conn, answer, out, record).await;
+        if let Err(broken) = delivered {
+            let reason = match broken {
+                Broken::Unsent(reason) => return Err(Failure::Nonsense(reason)),
+                Broken::Midway(reason) => reason,
+            };
+            // The client sees a body cut short; there is no other way to tell it.
+            record.reason = reason;
+            return Ok(close(false));
+        }
+        if reply.reusable && source.is_active() && source.is_sending() {
+            finish_upload(order, timer, source, &mut peer.conn).await;
+        }
+        let next = match (reply.delivery.keep_alive, source.is_done()) {
+            (true, true) => Next::Again,
+            (_, done) => Next::Close(!done),
+        };
+        Ok(Relayed::Done { next, reusable: reply.reusable && source.is_done() })
     }
-    if reply.reusable && source.is_active() && source.is_sending() {
-        finish_upload(order, timer, source, &mut peer.conn).await;
-    }
-    if reply.reusable && source.is_done() && answer.is_empty() {
-        order.worker.upstreams.keep(upstream, peer, clock::now_ms());
-    }
-    Ok(match (reply.delivery.keep_alive, source.is_done()) {
-        (true, true) => Next::Again,
-        (_, done) => Next::Close(!done),
-    })
 }
 
 /// The response is through, but an endpoint that keeps its connection may still
@@ -302,42 +325,46 @@ enum Broken {
 
 /// Writes to a client that is still sending its body, and takes that body on
 /// meanwhile: a client may well read nothing before it has written everything.
-async fn send_uploading(
+#[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+fn send_uploading(
     order: &Order<'_>,
     timer: &mut Timer,
     source: &mut FromClient<'_>,
     endpoint: &mut Conn,
     mut parts: [&[u8]; 3],
-) -> bool {
-    loop {
-        let deadline = order.bounded(Instant::now() + source.write_timeout);
-        let moved = poll_fn(|cx| {
-            if let Poll::Ready(sent) = source.conn.poll_send(cx, &mut parts) {
-                return Poll::Ready(Some(sent.is_ok()));
-            }
-            if !source.is_active() {
-                return Poll::Pending;
-            }
-            match source.poll_upload(cx, endpoint) {
-                Poll::Ready(Ok(())) => Poll::Ready(None),
-                Poll::Ready(Err(UploadError::Endpoint)) => {
-                    source.abandon();
-                    Poll::Ready(None)
+) -> impl Future<Output = bool> {
+    async move {
+        loop {
+            let deadline = order.bounded(Instant::now() + source.write_timeout);
+            let moved = poll_fn(|cx| {
+                if let Poll::Ready(sent) = source.conn.poll_send(cx, &mut parts) {
+                    return Poll::Ready(Some(sent.is_ok()));
                 }
-                Poll::Ready(Err(_)) => Poll::Ready(Some(false)),
-                Poll::Pending => Poll::Pending,
+                if !source.is_active() {
+                    return Poll::Pending;
+                }
+                match source.poll_upload(cx, endpoint) {
+                    Poll::Ready(Ok(())) => Poll::Ready(None),
+                    Poll::Ready(Err(UploadError::Endpoint)) => {
+                        source.abandon();
+                        Poll::Ready(None)
+                    }
+                    Poll::Ready(Err(_)) => Poll::Ready(Some(false)),
+                    Poll::Pending => Poll::Pending,
+                }
+            });
+            match timer.within(deadline, moved).await {
+                Ok(Some(sent)) => return sent,
+                Ok(None) => {}
+                Err(Late) => return false,
             }
-        });
-        match timer.within(deadline, moved).await {
-            Ok(Some(sent)) => return sent,
-            Ok(None) => {}
-            Err(Late) => return false,
         }
     }
 }
 
 /// Moves the body. The head in `out` leaves with its first piece.
-async fn deliver(
+#[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
+fn deliver(
     order: &Order<'_>,
     timer: &mut Timer,
     source: &mut FromClient<'_>,
@@ -346,56 +373,69 @@ async fn deliver(
     answer: &mut Buffer,
     out: &mut Output,
     record: &mut Record,
-) -> Result<(), Broken> {
-    let chunked = reply.delivery.framing == Framing::Chunked;
-    let mut body = Incoming::new(reply.framing);
-    let mut after = Output::take();
-    let mut ended = false;
-    loop {
-        // Until its first piece leaves, the head can still be taken back.
-        let broken = if out.is_empty() { Broken::Midway } else { Broken::Unsent };
-        let mut piece = body.next(answer).map_err(|e| broken(e.0))?;
-        piece.done |= ended && body.ends_at_close();
-        if ended && !piece.done {
-            return Err(Broken::Midway("endpoint closed the connection within a response body"));
-        }
-        body.frame(chunked, piece, out, &mut after);
-        let parts = [out.as_slice(), &answer.filled()[..piece.data], after.as_slice()];
-        let sent = match source.is_active() {
-            false => send(timer, source.conn, order.patience(source.write_timeout), parts).await,
-            true => send_uploading(order, timer, source, endpoint, parts).await,
-        };
-        if !sent && order.is_overdue() {
-            return Err(Broken::Midway("request timed out within a response body"));
-        }
-        if !sent {
-            return Err(Broken::Midway("client closed the connection"));
-        }
-        record.bytes_out += piece.data as u64;
-        out.clear();
-        answer.consume(piece.consumed);
-        if piece.done {
-            return Ok(());
-        }
-        answer.release();
-        if let Some(sockets) = bulk::sockets(&body, source, endpoint) {
-            let mut moved = 0;
-            let spliced = bulk::splice(order, timer, sockets, &mut moved).await;
-            record.bytes_out += moved;
-            spliced.map_err(Broken::Midway)?;
-            body.passed(moved);
-            if body.is_through() {
+) -> impl Future<Output = Result<(), Broken>> {
+    async move {
+        let chunked = reply.delivery.framing == Framing::Chunked;
+        let mut body = Incoming::new(reply.framing);
+        let mut after = Output::take();
+        let mut ended = false;
+        loop {
+            // Until its first piece leaves, the head can still be taken back.
+            let broken = if out.is_empty() { Broken::Midway } else { Broken::Unsent };
+            let mut piece = body.next(answer).map_err(|e| broken(e.0))?;
+            piece.done |= ended && body.ends_at_close();
+            if ended && !piece.done {
+                return Err(Broken::Midway("endpoint closed the connection within a response body"));
+            }
+            body.frame(chunked, piece, out, &mut after);
+            let data = &answer.filled()[..piece.data];
+            let parts = if data.len() <= COPIED {
+                out.extend_from_slice(data);
+                out.extend_from_slice(&after);
+                [out.as_slice(), &[], &[]]
+            } else {
+                [out.as_slice(), data, after.as_slice()]
+            };
+            let sent = match source.is_active() {
+                false => send(timer, source.conn, order.patience(source.write_timeout), parts).await,
+                true => send_uploading(order, timer, source, endpoint, parts).await,
+            };
+            if !sent && order.is_overdue() {
+                return Err(Broken::Midway("request timed out within a response body"));
+            }
+            if !sent {
+                return Err(Broken::Midway("client closed the connection"));
+            }
+            record.bytes_out += piece.data as u64;
+            out.clear();
+            answer.consume(piece.consumed);
+            if piece.done {
                 return Ok(());
             }
-        }
-        ended = match step(order, timer, source, endpoint, answer).await {
-            Ok(n) => n == 0,
-            Err(Failure::Late) => return Err(Broken::Midway("endpoint timed out within a response body")),
-            Err(Failure::Overdue) => return Err(Broken::Midway("request timed out within a response body")),
-            Err(Failure::Client) => return Err(Broken::Midway("client closed the connection")),
-            Err(Failure::Answer(_, reason) | Failure::Endpoint(reason) | Failure::Nonsense(reason)) => {
-                return Err(Broken::Midway(reason));
+            answer.release();
+            if let Some(sockets) = bulk::sockets(&body, source, endpoint) {
+                let mut moved = 0;
+                let spliced = bulk::splice(order, timer, sockets, &mut moved).await;
+                record.bytes_out += moved;
+                spliced.map_err(Broken::Midway)?;
+                body.passed(moved);
+                if body.is_through() {
+                    return Ok(());
+                }
             }
-        };
+            ended = match step(order, timer, source, endpoint, answer).await {
+                Ok(n) => n == 0,
+                Err(Failure::Late) => {
+                    return Err(Broken::Midway("endpoint timed out within a response body"));
+                }
+                Err(Failure::Overdue) => {
+                    return Err(Broken::Midway("request timed out within a response body"));
+                }
+                Err(Failure::Client) => return Err(Broken::Midway("client closed the connection")),
+                Err(Failure::Answer(_, reason) | Failure::Endpoint(reason) | Failure::Nonsense(reason)) => {
+                    return Err(Broken::Midway(reason));
+                }
+            };
+        }
     }
 }
