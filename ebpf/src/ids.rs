@@ -70,8 +70,8 @@ pub(crate) struct Runs {
 
 impl Runs {
     /// All but those `used` are free, which no two words share. What lies
-    /// between them is parked as in [`Ids::restore`].
-    pub(crate) fn restore(capacity: u32, used: &BTreeSet<Run>, now: Duration) -> Runs {
+    /// between them and below `touched` is parked as in [`Ids::restore`].
+    pub(crate) fn restore(capacity: u32, used: &BTreeSet<Run>, touched: u32, now: Duration) -> Runs {
         let mut runs = Runs::default();
         let mut at = 0;
         for run in used {
@@ -79,6 +79,11 @@ impl Runs {
                 runs.give(Run { base: at, len: run.base - at }, now);
             }
             at = at.max(run.base + run.len);
+        }
+        let touched = touched.min(capacity);
+        if touched > at {
+            runs.give(Run { base: at, len: touched - at }, now);
+            at = touched;
         }
         if capacity > at {
             runs.insert(Run { base: at, len: capacity - at });
@@ -105,11 +110,6 @@ impl Runs {
     /// Gives a run up that a word has named.
     pub(crate) fn give(&mut self, run: Run, now: Duration) {
         self.parked.push_back((now, run));
-    }
-
-    /// Gives a run back that no word has named.
-    pub(crate) fn give_unused(&mut self, run: Run) {
-        self.insert(run);
     }
 
     fn insert(&mut self, mut run: Run) {
@@ -154,14 +154,14 @@ mod tests {
     fn random_runs_never_overlap_and_join_again() {
         for seed in 0..200 {
             let mut rng = fastrand::Rng::with_seed(seed);
-            let mut runs = Runs::restore(64, &BTreeSet::new(), Duration::ZERO);
+            let mut runs = Runs::restore(64, &BTreeSet::new(), 0, Duration::ZERO);
             let mut held: Vec<Run> = Vec::new();
             let mut now = Duration::ZERO;
             for _ in 0..200 {
                 now += Duration::from_millis(rng.u64(..700));
                 if rng.bool() && !held.is_empty() {
                     let run = held.swap_remove(rng.usize(..held.len()));
-                    if rng.bool() { runs.give(run, now) } else { runs.give_unused(run) }
+                    if rng.bool() { runs.give(run, now) } else { runs.insert(run) }
                 } else if let Some(run) = runs.take(rng.u32(1..9), now) {
                     assert!(run.base + run.len <= 64);
                     let apart =
@@ -170,7 +170,7 @@ mod tests {
                     held.push(run);
                 }
             }
-            held.drain(..).for_each(|run| runs.give_unused(run));
+            held.drain(..).for_each(|run| runs.insert(run));
             assert_eq!(runs.take(64, now + QUARANTINE), Some(Run { base: 0, len: 64 }), "seed {seed}");
         }
     }
@@ -178,9 +178,10 @@ mod tests {
     #[test]
     fn a_restored_map_keeps_what_is_used() {
         let used = [Run { base: 2, len: 3 }, Run { base: 5, len: 1 }].into();
-        let mut runs = Runs::restore(8, &used, Duration::ZERO);
-        assert_eq!(runs.take(2, Duration::ZERO), Some(Run { base: 6, len: 2 }));
-        assert_eq!(runs.take(1, Duration::ZERO), None);
+        let mut runs = Runs::restore(9, &used, 7, Duration::ZERO);
+        assert_eq!(runs.take(2, Duration::ZERO), Some(Run { base: 7, len: 2 }));
+        assert_eq!(runs.take(1, Duration::ZERO), None, "a predecessor may just have given up the rest");
         assert_eq!(runs.take(2, QUARANTINE), Some(Run { base: 0, len: 2 }));
+        assert_eq!(runs.take(1, QUARANTINE), Some(Run { base: 6, len: 1 }));
     }
 }

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod ids;
+pub mod live;
 pub mod maglev;
 pub mod maps;
 mod reconcile;
@@ -11,6 +12,7 @@ pub mod table;
 pub mod verdict;
 
 pub use ids::QUARANTINE;
+pub use live::Live;
 pub use maps::Maps;
 pub use reconcile::{Outcome, Reconciler};
 pub use table::ServiceTable;

@@ -52,8 +52,8 @@ pub trait Maps {
     fn capacity(&self) -> Capacity;
     /// All frontends.
     fn frontends(&self) -> Result<Vec<(FrontendKey, Frontend)>, MapError>;
-    /// All source ranges, by prefix length.
-    fn source_ranges(&self) -> Result<Vec<(u32, SourceRange)>, MapError>;
+    /// All source ranges with their prefix lengths.
+    fn source_ranges(&self) -> Result<Vec<(u32, SourceRange, Allowed)>, MapError>;
     /// All addresses of the node with their flags.
     fn node_addresses(&self) -> Result<Vec<(Address, u32)>, MapError>;
     /// One element.

@@ -23,7 +23,9 @@ use crate::table::{self, Protocol, Role, Scope, ServiceName, ServiceTable, Targe
 mod restore;
 mod service;
 
+use restore::Strays;
 use service::Live;
+pub(crate) use service::{algorithm_of, places};
 
 /// What [`Reconciler::apply`] could not do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,6 +35,10 @@ pub struct Outcome {
     pub pending: usize,
     /// Of those, the first few.
     pub errors: Vec<(String, MapError)>,
+    /// How many writes failed.
+    pub failures: usize,
+    /// Of those, how many though their map had room.
+    pub refusals: usize,
 }
 
 /// Errors that an [`Outcome`] keeps.
@@ -47,6 +53,7 @@ pub struct Reconciler<M> {
     services: HashMap<ServiceName, Live>,
     /// Services of a predecessor that no name was found for.
     orphans: HashMap<u32, Live>,
+    strays: Strays,
     frontends: HashMap<FrontendKey, Frontend>,
     ids: Pools,
     outcome: Outcome,
@@ -79,6 +86,7 @@ impl<M: Maps> Reconciler<M> {
             retry: Retry { node: true, ..Retry::default() },
             services: HashMap::new(),
             orphans: restored.services,
+            strays: restored.strays,
             frontends: restored.frontends,
             ids: restored.ids,
             outcome: Outcome::default(),
@@ -89,6 +97,11 @@ impl<M: Maps> Reconciler<M> {
     /// The maps, to look at.
     pub fn maps(&self) -> &M {
         &self.maps
+    }
+
+    /// What was applied last.
+    pub fn table(&self) -> &ServiceTable {
+        &self.applied
     }
 
     /// The maps, to change how they behave; what they hold is the reconciler's.
@@ -119,6 +132,9 @@ impl<M: Maps> Reconciler<M> {
             }
             self.adopt();
         }
+        if let Err(error) = self.strays.clear(&mut self.maps, &mut self.ids) {
+            self.fail("what a predecessor left".to_owned(), error);
+        }
         self.settle_node(&old);
         for name in &services {
             self.settle_service(name);
@@ -131,7 +147,8 @@ impl<M: Maps> Reconciler<M> {
         self.outcome.pending = self.retry.services.len()
             + self.retry.frontends.len()
             + usize::from(self.retry.node)
-            + self.orphans.len();
+            + self.orphans.len()
+            + self.strays.len();
         std::mem::take(&mut self.outcome)
     }
 
@@ -158,6 +175,8 @@ impl<M: Maps> Reconciler<M> {
     }
 
     fn fail(&mut self, what: String, error: MapError) {
+        self.outcome.failures += 1;
+        self.outcome.refusals += usize::from(!matches!(error, MapError::Full(_)));
         if self.outcome.errors.len() < MOST_ERRORS {
             self.outcome.errors.push((what, error));
         }
@@ -209,6 +228,9 @@ impl<M: Maps> Reconciler<M> {
         if wanted.is_none() && self.is_desired(key) {
             // Its Service could not be written: until it is, the address is nobody's.
             self.retry.frontends.insert(*key);
+            if self.keeps_orphan(key) {
+                return;
+            }
         }
         if self.frontends.get(key) == wanted.as_ref() {
             return;
@@ -226,6 +248,14 @@ impl<M: Maps> Reconciler<M> {
                 self.retry.frontends.insert(*key);
             }
         }
+    }
+
+    /// Whether `key` leads to a Service of a predecessor that may well be its own: that one goes on
+    /// serving until the new one can be written, unless it takes the room for it.
+    fn keeps_orphan(&self, key: &FrontendKey) -> bool {
+        let nothing_is_full = self.outcome.failures == self.outcome.refusals;
+        nothing_is_full
+            && self.frontends.get(key).is_some_and(|live| self.orphans.contains_key(&live.service))
     }
 
     /// Gives up Services that are not desired, once no frontend leads to them.
@@ -342,12 +372,12 @@ fn cluster_key(ip: std::net::IpAddr) -> FrontendKey {
     FrontendKey { address: address(ip), port: [0; 2], protocol: 0, scope: scope::CLUSTER_ADDRESS }
 }
 
-fn ip(key: &FrontendKey) -> std::net::IpAddr {
+pub(crate) fn ip(key: &FrontendKey) -> std::net::IpAddr {
     std::net::Ipv6Addr::from(key.address).to_canonical()
 }
 
 /// The other way; none for what no table has.
-fn frontend(key: &FrontendKey) -> Option<table::Frontend> {
+pub(crate) fn frontend(key: &FrontendKey) -> Option<table::Frontend> {
     let protocol = match key.protocol {
         protocol::TCP => Protocol::Tcp,
         protocol::UDP => Protocol::Udp,

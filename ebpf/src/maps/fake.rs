@@ -116,11 +116,11 @@ impl Maps for FakeMaps {
         Ok(self.state.frontends.iter().map(|(key, entry)| (*key, value(*entry))).collect())
     }
 
-    fn source_ranges(&self) -> Result<Vec<(u32, SourceRange)>, MapError> {
-        let keys = self.state.source_ranges.keys();
-        Ok(keys
-            .map(|(service, address, prefix)| (*prefix, SourceRange { service: *service, address: *address }))
-            .collect())
+    fn source_ranges(&self) -> Result<Vec<(u32, SourceRange, Allowed)>, MapError> {
+        let ranges = self.state.source_ranges.iter().map(|(&(service, address, prefix), &generation)| {
+            (prefix, SourceRange { service, address }, Allowed { generation })
+        });
+        Ok(ranges.collect())
     }
 
     fn node_addresses(&self) -> Result<Vec<(Address, u32)>, MapError> {
@@ -293,7 +293,7 @@ impl Maps for FaultyMaps {
         self.maps.frontends()
     }
 
-    fn source_ranges(&self) -> Result<Vec<(u32, SourceRange)>, MapError> {
+    fn source_ranges(&self) -> Result<Vec<(u32, SourceRange, Allowed)>, MapError> {
         self.maps.source_ranges()
     }
 

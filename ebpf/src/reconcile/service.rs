@@ -26,11 +26,14 @@ pub(super) struct Live {
     /// By set: the run's slots, as indices into `ENDPOINTS`.
     pub(super) slots: [Vec<u32>; 2],
     pub(super) endpoints: BTreeMap<SocketAddr, Entry>,
-    /// Prefix length and key.
-    pub(super) ranges: BTreeSet<(u32, [u8; 4], [u8; 16])>,
+    /// To the generation each was written for.
+    pub(super) ranges: BTreeMap<RangeKey, u32>,
     /// Has been as desired once: frontends may lead to it.
     complete: bool,
 }
+
+/// Prefix length, and the two fields of a [`SourceRange`].
+pub(super) type RangeKey = (u32, [u8; 4], [u8; 16]);
 
 /// An element of `ENDPOINTS`.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +70,7 @@ impl Live {
             runs: [None, None],
             slots: [Vec::new(), Vec::new()],
             endpoints: BTreeMap::new(),
-            ranges: BTreeSet::new(),
+            ranges: BTreeMap::new(),
             complete: !new,
         }
     }
@@ -149,21 +152,8 @@ impl Live {
 
     /// What the slots of a run name, in their order.
     fn places(&self, algorithm: Algorithm, set: &[table::Endpoint]) -> Vec<u32> {
-        let index = |one: &table::Endpoint| self.endpoints[&one.address].index; // joined before
-        match algorithm {
-            Algorithm::Maglev => {
-                let table = maglev::table(set, maglev::size(set.len()));
-                table.into_iter().map(|place| index(&set[place as usize])).collect()
-            }
-            Algorithm::Weighted => {
-                let total: u64 = set.iter().map(|one| u64::from(one.weight)).sum();
-                // Shares are kept as well as the count of a set allows.
-                let scale = total.div_ceil(table::MAX_ENDPOINTS as u64).max(1);
-                let times = |one: &table::Endpoint| (u64::from(one.weight) / scale) as usize;
-                set.iter().flat_map(|one| std::iter::repeat_n(index(one), times(one))).collect()
-            }
-            _ => set.iter().map(index).collect(),
-        }
+        let index = |place: usize| self.endpoints[&set[place].address].index; // joined before
+        places(algorithm, set).into_iter().map(index).collect()
     }
 
     fn commit(
@@ -226,26 +216,26 @@ impl Live {
                 | bit(desired.affinity.is_some(), flag::AFFINITY)
                 | bit(desired.source_ranges.is_some(), flag::SOURCE_RANGES),
             affinity_timeout: desired.affinity.unwrap_or(0),
-            algorithm: match desired.algorithm {
-                Algorithm::Random | Algorithm::Weighted | Algorithm::LeastConnections => algorithm::RANDOM,
-                Algorithm::SourceHash | Algorithm::Maglev => algorithm::SOURCE_HASH,
-                Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
-            },
+            algorithm: algorithm_of(desired.algorithm),
             ..self.line
         };
         let networks = desired.source_ranges.iter().flat_map(|ranges| ranges.iter());
         let wanted: BTreeSet<_> = networks.map(|network| range_key(self.index, network)).collect();
         // Who may come is there before anybody is asked, and goes after nobody is.
-        for range in wanted.difference(&self.ranges).copied().collect::<Vec<_>>() {
-            let generation = u32::from(self.line.generation);
-            maps.put_source_range(range.0, &source(range), Allowed { generation })?;
-            self.ranges.insert(range);
+        let generation = u32::from(self.line.generation);
+        for range in &wanted {
+            if self.ranges.get(range) != Some(&generation) {
+                maps.put_source_range(range.0, &source(*range), Allowed { generation })?;
+                self.ranges.insert(*range, generation);
+            }
         }
         if line != self.line {
             maps.write_settings(self.index, &line)?;
             self.line = line;
         }
-        for range in self.ranges.difference(&wanted).copied().collect::<Vec<_>>() {
+        let gone: Vec<RangeKey> =
+            self.ranges.keys().filter(|range| !wanted.contains(range)).copied().collect();
+        for range in gone {
             maps.remove_source_range(range.0, &source(range))?;
             self.ranges.remove(&range);
         }
@@ -274,7 +264,7 @@ impl Live {
 
     /// Gives everything up. No frontend leads here.
     pub(super) fn retire(&mut self, maps: &mut impl Maps, ids: &mut Pools) -> Result<(), MapError> {
-        while let Some(range) = self.ranges.first().copied() {
+        while let Some((&range, _)) = self.ranges.first_key_value() {
             maps.remove_source_range(range.0, &source(range))?;
             self.ranges.remove(&range);
         }
@@ -284,6 +274,33 @@ impl Live {
         }
         ids.services.give(self.index, ids.now);
         Ok(())
+    }
+}
+
+/// The places of a run, as indices into `set`.
+pub(crate) fn places(algorithm: Algorithm, set: &[table::Endpoint]) -> Vec<usize> {
+    match algorithm {
+        Algorithm::Maglev => {
+            maglev::table(set, maglev::size(set.len())).into_iter().map(|place| place as usize).collect()
+        }
+        Algorithm::Weighted => {
+            let total: u64 = set.iter().map(|one| u64::from(one.weight)).sum();
+            // Shares are kept as well as the count of a set allows.
+            let scale = total.div_ceil(table::MAX_ENDPOINTS as u64).max(1);
+            let times = |one: &table::Endpoint| (u64::from(one.weight) / scale) as usize;
+            let all = set.iter().enumerate();
+            all.flat_map(|(place, one)| std::iter::repeat_n(place, times(one))).collect()
+        }
+        _ => (0..set.len()).collect(),
+    }
+}
+
+/// What the kernel does for `algorithm`.
+pub(crate) fn algorithm_of(algorithm: Algorithm) -> u8 {
+    match algorithm {
+        Algorithm::Random | Algorithm::Weighted | Algorithm::LeastConnections => algorithm::RANDOM,
+        Algorithm::SourceHash | Algorithm::Maglev => algorithm::SOURCE_HASH,
+        Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
     }
 }
 
@@ -312,11 +329,11 @@ pub(super) fn run_of(word: SetWord) -> Option<Run> {
     (word.count() > 0).then(|| Run { base: word.base(), len: u32::from(word.count()) })
 }
 
-fn range_key(index: u32, network: &IpNet) -> (u32, [u8; 4], [u8; 16]) {
+fn range_key(index: u32, network: &IpNet) -> RangeKey {
     let (prefix, range) = source_range(index, network);
     (prefix, range.service, range.address)
 }
 
-fn source((_, service, address): (u32, [u8; 4], [u8; 16])) -> SourceRange {
+pub(super) fn source((_, service, address): RangeKey) -> SourceRange {
     SourceRange { service, address }
 }
