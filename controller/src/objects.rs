@@ -452,6 +452,9 @@ pub struct EndpointSlice {
     pub ports: Vec<SlicePort>,
     /// `endpoints`; empty if `addressType` is `FQDN`.
     pub endpoints: Vec<SliceEndpoint>,
+    /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`: when that happened
+    /// of which this is the result, in microseconds since 1970.
+    pub triggered: Option<i64>,
 }
 
 /// One entry of an EndpointSlice's `ports`.

@@ -34,7 +34,7 @@ use pools::Pools;
 use service::Services;
 use streams::Streams;
 
-pub use service::{NodeOptions, NodePorts};
+pub use service::{NodeOptions, NodePorts, left_out};
 pub use streams::StreamOptions;
 pub(crate) use wish::balance;
 
@@ -121,6 +121,14 @@ impl Translator {
         Translator { pools: Pools::new(&options), options, ..Translator::default() }
     }
 
+    /// From the next translation on, the node has these addresses. Does nothing
+    /// without [`Options::node`].
+    pub fn set_node_addresses(&mut self, addresses: Vec<std::net::IpAddr>) {
+        if let Some(node) = &mut self.options.node {
+            node.addresses = addresses;
+        }
+    }
+
     /// The desired state for `store`. Never fails: what is wrong with an object
     /// becomes its status.
     pub fn translate(&mut self, store: &Store) -> Desired {
@@ -186,7 +194,7 @@ impl Translator {
         let zones_changed = changes(&old.nodes, &self.store.nodes).any(|(_, old, new)| {
             old.and_then(|old| old.zone.as_ref()) != new.and_then(|new| new.zone.as_ref())
         });
-        if zones_changed || self.own_node_changed(old) {
+        if self.own_node_changed(old) || zones_changed {
             dirty.services.extend(self.store.services.keys().cloned());
         }
     }
@@ -195,10 +203,11 @@ impl Translator {
     fn own_node_changed(&mut self, old: &Store) -> bool {
         let Some(options) = &self.options.node else { return false };
         let made = service::node(options, &self.store);
-        if *self.desired.services.node != made {
+        let moved = *self.desired.services.node != made;
+        if moved {
             self.desired.services.node = Arc::new(made);
         }
-        service::own_node(options, old) != service::own_node(options, &self.store)
+        moved || service::own_node(options, old) != service::own_node(options, &self.store)
     }
 
     fn read_secrets(&mut self, old: &Store, dirty: &mut Dirty) {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use k8s_openapi::jiff::Timestamp;
 
 use super::parse::Name;
 use super::*;
@@ -15,6 +16,7 @@ mod exposure;
 
 const ZONE: &str = "topology.kubernetes.io/zone";
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const DEFAULT_CLASS: &str = "ingressclass.kubernetes.io/is-default-class";
 
 fn meta((namespace, name): Name, meta: &ObjectMeta) -> Meta {
@@ -234,9 +236,11 @@ pub(super) fn slice(
         ));
     }
     let endpoints = object.endpoints.into_iter().enumerate().filter(|_| is_ip);
+    let triggered = label(&object.metadata.annotations, TRIGGER_TIME);
     EndpointSlice {
         meta: meta(name, &object.metadata),
         service,
+        triggered: triggered.and_then(|time| Some(time.parse::<Timestamp>().ok()?.as_microsecond())),
         ports,
         endpoints: endpoints.filter_map(|(index, entry)| slice_endpoint(index, entry, notices)).collect(),
     }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use super::service::categorize::{Candidate, usable};
+use super::service::categorize::{Candidate, anywhere};
 use crate::objects::{EndpointSlice, Labels, Pod, Service, ServiceKind, ServicePort, SlicePort, TargetPort};
 use crate::store::{Key, Store};
 
@@ -58,6 +58,20 @@ impl Index {
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.slices.is_empty() && self.pods.is_empty() && self.services.is_empty()
+    }
+
+    /// An index of what one Service needs.
+    pub(super) fn of_service(service: &Service, store: &Store) -> Index {
+        let mut index = Index::default();
+        let own = store.slices.values().filter(|slice| slice.meta.namespace == service.meta.namespace);
+        for slice in own.filter(|slice| slice.service.as_ref() == Some(&service.meta.name)) {
+            index.slice(slice, true);
+        }
+        index.service(service, true);
+        for pod in store.pods.values().filter(|pod| selects(service, pod)) {
+            index.pod(pod, true, store);
+        }
+        index
     }
 
     /// Returns the Service whose endpoints changed.
@@ -176,28 +190,15 @@ impl Index {
     }
 }
 
-/// Those for new traffic with their zones, and whether these are those of hints:
-/// one ready endpoint without a hint, and none counts.
+/// Those for new traffic with their zones, and whether these are those of hints.
 fn chosen(store: &Store, candidates: &[Candidate<'_>]) -> (BTreeMap<SocketAddr, Option<Arc<str>>>, bool) {
-    /// Where an endpoint is, and whose traffic is meant for it.
-    #[derive(Default)]
-    struct Placed {
-        zone: Option<Arc<str>>,
-        for_zone: Option<Arc<str>>,
-    }
-    let mut chosen: BTreeMap<SocketAddr, Placed> = BTreeMap::new();
-    let mut any_ready = false;
-    for candidate in usable(candidates.iter()) {
-        any_ready |= candidate.ready;
-        let node = || store.nodes.get(&Key::new("", candidate.node?.clone()))?.zone.clone();
-        // An address in two slices is one endpoint; it keeps the first zone that is known.
-        let known = chosen.entry(candidate.address).or_default();
-        known.zone = known.zone.take().or_else(|| candidate.zone.cloned()).or_else(node);
-        known.for_zone = known.for_zone.take().or_else(|| candidate.for_zones.first().cloned());
-    }
-    let hinted = any_ready && chosen.values().all(|placed| placed.for_zone.is_some());
-    let zone = |placed: Placed| if hinted { placed.for_zone } else { placed.zone };
-    (chosen.into_iter().map(|(address, placed)| (address, zone(placed))).collect(), hinted)
+    let (usable, hinted) = anywhere(candidates);
+    let of_node = |node: &Arc<str>| store.nodes.get(&Key::new("", node.clone()))?.zone.clone();
+    let zone = |one: &Candidate<'_>| match hinted {
+        true => one.for_zones.first().cloned(),
+        false => one.zone.cloned().or_else(|| of_node(one.node?)),
+    };
+    (usable.iter().map(|one| (one.address, zone(one))).collect(), hinted)
 }
 
 fn selects(service: &Service, pod: &Pod) -> bool {

@@ -26,8 +26,12 @@ pub struct NodeOptions {
     pub name: Arc<str>,
     /// The node's own addresses; those of the Node object if empty.
     pub addresses: Vec<std::net::IpAddr>,
+    /// Its primary address, rather than what the Node object says (`--bind-address`).
+    pub primary: Option<std::net::IpAddr>,
     /// Which of them serve node ports (`--nodeport-addresses`).
     pub node_ports: NodePorts,
+    /// Its loopback addresses serve node ports as well, to itself.
+    pub node_ports_on_loopback: bool,
     /// Serve the Services with this label `service.kubernetes.io/service-proxy-name`
     /// rather than those without one (`--service-proxy-name`).
     pub proxy_name: Option<Arc<str>>,
@@ -52,6 +56,17 @@ pub enum NodePorts {
     Primary,
     /// Those in one of these; all of a family of which none is named.
     Networks(Vec<IpNet>),
+}
+
+/// The endpoints of a service port that are not in one of its sets, the local one or that of the whole
+/// cluster, each with the reason. Looks at every object of `store`: for people who ask.
+pub fn left_out(
+    name: &ServiceName,
+    is_local: bool,
+    options: &NodeOptions,
+    store: &Store,
+) -> Vec<(std::net::SocketAddr, String)> {
+    make::left_out(name, is_local, options, store)
 }
 
 /// Oldest first; without a timestamp last; then by name.
@@ -233,11 +248,13 @@ pub(super) fn node(options: &NodeOptions, store: &Store) -> table::Node {
     let own = if options.addresses.is_empty() { reported } else { &options.addresses };
     let primary = |family| {
         let first = |from: &[std::net::IpAddr]| from.iter().copied().find(|one| Family::of(*one) == family);
-        first(reported).or_else(|| first(own))
+        let bound = options.primary.filter(|one| Family::of(*one) == family);
+        bound.or_else(|| first(reported)).or_else(|| first(own))
     };
     let serves = |address: &std::net::IpAddr| {
         let family = Family::of(*address);
         match &options.node_ports {
+            _ if address.is_loopback() => options.node_ports_on_loopback,
             NodePorts::Primary => primary(family) == Some(*address),
             NodePorts::Networks(networks) => {
                 let of_family = || networks.iter().filter(|network| Family::of(network.addr()) == family);
@@ -261,3 +278,6 @@ pub(super) fn node(options: &NodeOptions, store: &Store) -> table::Node {
 fn is_external(role: Role) -> bool {
     role != Role::ClusterIp
 }
+
+#[cfg(test)]
+mod tests;

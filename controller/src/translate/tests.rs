@@ -141,7 +141,9 @@ fn exposure(rng: &mut Rng) -> Exposure {
         internal_local: rng.u8(..4) == 0,
         external_local: rng.u8(..3) == 0,
         health_check_port: maybe(rng, 0.5, |rng| rng.u16(32000..32002)),
-        ..Exposure::default()
+        affinity: maybe(rng, 0.2, |rng| rng.u32(1..3)),
+        proxy_name: maybe(rng, 0.1, |_| "other".into()),
+        external_ips: many(rng, 1, |rng| [10, 98, 0, rng.u8(..2)].into()),
     }
 }
 
@@ -177,9 +179,10 @@ fn slice(rng: &mut Rng) -> Object {
             terminating: rng.bool(),
             zone: maybe(rng, 0.2, |_| "east".into()),
             for_zones: maybe(rng, 0.7, |_| "west".into()).into_iter().collect(),
-            for_nodes: Vec::new(),
+            for_nodes: maybe(rng, 0.5, |rng| pick(rng, &NAMES).into()).into_iter().collect(),
             node: maybe(rng, 0.5, |rng| pick(rng, &NAMES).into()),
         }),
+        triggered: None,
     })
 }
 
@@ -260,7 +263,11 @@ fn options(rng: &mut Rng) -> Options {
             ..StreamOptions::default()
         },
         load_balance: Balance::default(),
-        node: maybe(rng, 0.7, |_| NodeOptions { name: "one".into(), ..NodeOptions::default() }),
+        node: maybe(rng, 0.7, |rng| NodeOptions {
+            name: "one".into(),
+            external_ips: rng.bool(),
+            ..NodeOptions::default()
+        }),
     }
 }
 
@@ -327,7 +334,8 @@ fn any_sequence_of_edits_ends_where_a_fresh_start_does() {
         let nothing_stayed = translator.hosts.is_empty()
             && translator.pools.is_empty()
             && translator.ingresses.is_empty()
-            && translator.endpoints.is_empty();
+            && translator.endpoints.is_empty()
+            && translator.services.is_empty();
         assert!(nothing_stayed, "seed {seed}: something stayed behind");
     }
 }

@@ -30,8 +30,17 @@ impl Candidate<'_> {
     }
 }
 
+/// Those of one family or both that may serve at all, each address once, in order;
+/// and whether their zone hints count. The gateway takes it from here: its proxy
+/// keeps to a zone as far as that one's endpoints can carry it.
+pub(in crate::translate) fn anywhere<'a>(candidates: &[Candidate<'a>]) -> (Vec<Candidate<'a>>, bool) {
+    let once = once(candidates, "");
+    let hinted = once.iter().any(|one| one.ready) && all_ready(&once, has_zone_hint);
+    (usable(once.iter()).copied().collect(), hinted)
+}
+
 /// Those that are ready; if there is none, those that serve while they terminate.
-pub(in crate::translate) fn usable<'c, 'a>(
+fn usable<'c, 'a>(
     candidates: impl Iterator<Item = &'c Candidate<'a>> + Clone,
 ) -> impl Iterator<Item = &'c Candidate<'a>>
 where
@@ -92,15 +101,49 @@ pub(in crate::translate) fn categorize(
     categorized
 }
 
+/// The endpoints that are not in the set [`categorize`] makes, each with the reason.
+pub(in crate::translate) fn left_out(
+    candidates: &[Candidate<'_>],
+    view: View<'_>,
+    is_local: bool,
+) -> Vec<(SocketAddr, String)> {
+    let once = once(candidates, view.node);
+    let near = if is_local { Topology::Anywhere } else { topology(&once, view) };
+    let counts = |one: &Candidate<'_>| near.admits(one, view) && (!is_local || one.is_on(view.node));
+    let any_ready = once.iter().any(|one| one.ready && counts(one));
+    let why = |one: &Candidate<'_>| {
+        let of = |names: &[Arc<str>]| names.join(", ");
+        Some(match near {
+            _ if is_local && !one.is_on(view.node) => {
+                let node = one.node.map_or("no node", |node| node);
+                format!("is on {node}, and the traffic policy is Local")
+            }
+            _ if !one.ready && !one.is_last_resort() => {
+                let state = if one.terminating { "terminates and no longer serves" } else { "is not ready" };
+                state.to_owned()
+            }
+            _ if !one.ready && any_ready => "terminates while others are ready".to_owned(),
+            Topology::SameNode if !counts(one) => format!("is meant for clients on {}", of(one.for_nodes)),
+            Topology::SameZone if !counts(one) => {
+                format!("is meant for clients in zone {}", of(one.for_zones))
+            }
+            _ => return None,
+        })
+    };
+    once.iter().filter_map(|one| Some((one.address, why(one)?))).collect()
+}
+
 /// An address in several slices is one endpoint: that on this node, then the readiest.
 fn once<'a>(candidates: &[Candidate<'a>], node: &str) -> Vec<Candidate<'a>> {
     let rank = |one: &Candidate<'_>| (one.is_on(node), one.ready, one.is_last_resort());
     let mut by_address: BTreeMap<SocketAddr, Candidate<'a>> = BTreeMap::new();
     for candidate in candidates {
         let known = by_address.entry(candidate.address).or_insert(*candidate);
+        let zone = known.zone.or(candidate.zone);
         if rank(candidate) > rank(known) {
             *known = *candidate;
         }
+        known.zone = known.zone.or(zone);
     }
     by_address.into_values().collect()
 }
@@ -115,17 +158,22 @@ enum Topology {
 }
 
 fn topology(candidates: &[Candidate<'_>], view: View<'_>) -> Topology {
-    let ready = || candidates.iter().filter(|candidate| candidate.ready);
-    let all = |mode: Topology, hinted: fn(&Candidate<'_>) -> bool| {
-        ready().all(hinted) && ready().any(|candidate| mode.admits(candidate, view))
-    };
-    if all(Topology::SameNode, |candidate| !candidate.for_nodes.is_empty()) {
+    let near = |mode: Topology| candidates.iter().any(|one| one.ready && mode.admits(one, view));
+    if all_ready(candidates, |one| !one.for_nodes.is_empty()) && near(Topology::SameNode) {
         Topology::SameNode
-    } else if all(Topology::SameZone, |candidate| !candidate.for_zones.is_empty()) {
+    } else if all_ready(candidates, has_zone_hint) && near(Topology::SameZone) {
         Topology::SameZone
     } else {
         Topology::Anywhere
     }
+}
+
+fn all_ready(candidates: &[Candidate<'_>], hinted: impl Fn(&Candidate<'_>) -> bool) -> bool {
+    candidates.iter().filter(|candidate| candidate.ready).all(hinted)
+}
+
+fn has_zone_hint(candidate: &Candidate<'_>) -> bool {
+    !candidate.for_zones.is_empty()
 }
 
 impl Topology {

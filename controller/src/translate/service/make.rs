@@ -10,7 +10,7 @@ use lockgate_ebpf::table::{
     Target,
 };
 
-use super::categorize::{Candidate, Uses, View, categorize};
+use super::categorize::{self, Candidate, Uses, View, categorize};
 use super::{Made, NodeOptions, is_external, own_node};
 use crate::objects::{Notice, Protocol, Service, ServiceKind, ServicePort, Via};
 use crate::store::{Key, Store};
@@ -49,6 +49,35 @@ pub(super) fn service(
     }
     maker.health_check();
     maker.made
+}
+
+/// The endpoints of `name` that its set leaves out, each with the reason. At the cost of the store.
+pub(super) fn left_out(
+    name: &ServiceName,
+    is_local: bool,
+    options: &NodeOptions,
+    store: &Store,
+) -> Vec<(SocketAddr, String)> {
+    let service_of = |(key, service): (&Key, &Arc<Service>)| {
+        let shown = name.name.strip_prefix(&format!("{key}:"))?.to_owned();
+        let port = service
+            .ports
+            .iter()
+            .find(|port| protocol(port.protocol) == name.protocol && label(port) == shown);
+        Some((service.clone(), port?.clone()))
+    };
+    let Some((service, port)) = store.services.iter().find_map(service_of) else { return Vec::new() };
+    let index = Index::of_service(&service, store);
+    let mut candidates = Vec::new();
+    index.candidates(store, &service, &port, &mut |candidate| candidates.push(candidate));
+    candidates.retain(|one| Family::of(one.address.ip()) == name.family);
+    let zone = own_node(options, store).and_then(|node| node.zone.as_deref());
+    categorize::left_out(&candidates, View { node: &options.name, zone }, is_local)
+}
+
+/// What stands for a port in the name of a service port.
+fn label(port: &ServicePort) -> String {
+    if port.name.is_empty() { port.port.to_string() } else { port.name.to_string() }
 }
 
 /// kube-proxy's `ShouldSkipService`.
@@ -111,7 +140,7 @@ impl Maker<'_> {
         if addresses.iter().all(|(_, role, _)| is_external(*role)) {
             return;
         }
-        let shown = if port.name.is_empty() { port.port.to_string() } else { port.name.to_string() };
+        let shown = label(port);
         let protocol = protocol(port.protocol);
         let name = ServiceName { name: format!("{}:{shown}", self.key).into(), protocol, family };
         if self.made.services.contains_key(&name) {
@@ -214,12 +243,22 @@ fn source_ranges(service: &Service, family: Family, node: &table::Node) -> Optio
 
 fn algorithm(service: &Service, notices: &mut Vec<Notice>) -> Algorithm {
     let Some(written) = service.annotations.get(ALGORITHM) else { return Algorithm::default() };
+    let at_random = |what: &str| {
+        let message = format!("{what}: until then endpoints are chosen at random");
+        Notice::warning(format!(".metadata.annotations[{ALGORITHM:?}]"), message, "use maglev or round_robin")
+    };
     // Beside our names those of IPVS, whose users come from there.
     match &**written {
         "random" => Algorithm::Random,
         "round_robin" | "rr" => Algorithm::RoundRobin,
-        "weighted" | "wrr" => Algorithm::Weighted,
-        "least_connections" | "lc" => Algorithm::LeastConnections,
+        "weighted" | "wrr" => {
+            notices.push(at_random("nothing says the weights of endpoints yet"));
+            Algorithm::Weighted
+        }
+        "least_connections" | "lc" => {
+            notices.push(at_random("the kernel half does not count connections yet"));
+            Algorithm::LeastConnections
+        }
         "source_hash" | "sh" => Algorithm::SourceHash,
         "maglev" | "mh" => Algorithm::Maglev,
         other => {

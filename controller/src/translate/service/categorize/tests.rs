@@ -155,6 +155,13 @@ fn random_endpoints_against_the_model() {
             .collect();
         let view = View { node: "me", zone: rng.bool().then_some("a") };
         let made = categorize(&candidates, view, Uses { cluster: true, local: true });
+        for (is_local, set) in [(false, &made.cluster), (true, &made.local)] {
+            let out = left_out(&candidates, view, is_local).into_iter().map(|(address, _)| address);
+            let mut all: Vec<SocketAddr> = out.chain(set.iter().copied()).collect();
+            all.sort_unstable();
+            let addresses: Vec<SocketAddr> = candidates.iter().map(|one| one.address).collect();
+            assert_eq!(all, addresses, "each is in the set or has a reason; seed {seed}: {candidates:?}");
+        }
         assert_eq!((made.cluster, made.local), model(&candidates, view), "seed {seed}: {candidates:?}");
     }
 }
