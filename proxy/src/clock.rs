@@ -4,11 +4,73 @@
 //! Everything that waits or measures goes through tokio's clock, so that tests
 //! can pause it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::OnceLock;
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use pin_project_lite::pin_project;
 use tokio::time::Instant;
+
+/// What the task that is being polled knows of the time.
+#[derive(Clone, Copy)]
+enum Known {
+    /// No task reads the clock in turns.
+    Never,
+    NotYet,
+    At(Instant),
+}
+
+thread_local! {
+    static KNOWN: Cell<Known> = const { Cell::new(Known::Never) };
+}
+
+pin_project! {
+    /// See [`in_turns`].
+    pub(crate) struct InTurns<F> {
+        #[pin]
+        task: F,
+    }
+}
+
+/// Has [`now`] read the clock once each time `task` is polled. A warm request is polled twice, and would
+/// read it seven times. Between two readings lies what a worker does in one go: microseconds.
+pub(crate) fn in_turns<F: Future>(task: F) -> InTurns<F> {
+    InTurns { task }
+}
+
+impl<F: Future> Future for InTurns<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        /// Also when the task panics: the next one must not live in its time.
+        struct Over;
+        impl Drop for Over {
+            fn drop(&mut self) {
+                KNOWN.set(Known::Never);
+            }
+        }
+        KNOWN.set(Known::NotYet);
+        let _over = Over;
+        self.project().task.poll(cx)
+    }
+}
+
+/// The time, or what it was when a task of [`in_turns`] that is being polled first asked.
+pub(crate) fn now() -> Instant {
+    match KNOWN.get() {
+        Known::At(time) => time,
+        known => {
+            let time = Instant::now();
+            if matches!(known, Known::NotYet) {
+                KNOWN.set(Known::At(time));
+            }
+            time
+        }
+    }
+}
 
 /// Milliseconds on a clock that never goes back. Its origin is a minute before
 /// the process first asked, so 0 is free to mean "never".
@@ -30,7 +92,7 @@ fn since_origin() -> Duration {
         let now = Instant::from_std(std::time::Instant::now());
         now.checked_sub(Duration::from_secs(60)).unwrap_or(now)
     });
-    Instant::now().saturating_duration_since(*origin)
+    now().saturating_duration_since(*origin)
 }
 
 /// The time as `Sun, 06 Nov 1994 08:49:37 GMT` (IMF-fixdate, RFC 9110 section 5.6.7), for `Date`.
@@ -255,6 +317,22 @@ mod tests {
         assert_eq!(&clock.rfc3339(at(9))[11..19], b"00:00:09");
         assert_eq!(&clock.log_date(UNIX_EPOCH - Duration::from_secs(1))[..11], b"01/Jan/1970");
         assert_eq!(http_date().len(), 29);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_turn_has_one_time() {
+        in_turns(async {
+            let began = now();
+            // Moves the clock and yields.
+            let step = tokio::time::advance(Duration::from_millis(5));
+            assert_eq!(now(), began);
+            step.await;
+            assert_eq!(now() - began, Duration::from_millis(5));
+        })
+        .await;
+        let before = now();
+        tokio::time::advance(Duration::from_millis(5)).await;
+        assert_eq!(now() - before, Duration::from_millis(5), "outside it is read each time");
     }
 
     #[tokio::test(start_paused = true)]

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::buffer::Buffer;
+use crate::clock;
 use crate::conn::Conn;
 use crate::http::client::{Client, ClientTls};
 use crate::http::{h1, h2};
@@ -106,7 +107,7 @@ fn take_queued(worker: &Rc<Worker>, listener: TcpListener, tls: bool) -> io::Res
 fn admit(worker: &Rc<Worker>, tcp: TcpStream, peer: SocketAddr, tls: bool) {
     worker.metrics.listener(tls).accepted.inc();
     let presence = Presence::new(worker.clone());
-    tokio::task::spawn_local(connection(worker.clone(), presence, tcp, peer, tls));
+    tokio::task::spawn_local(clock::in_turns(connection(worker.clone(), presence, tcp, peer, tls)));
 }
 
 /// Accepts once this worker has room; until then the kernel's queue holds the clients.
@@ -202,7 +203,7 @@ async fn begin(
         let h2 = is_http2(worker, &mut conn, &mut input, presence).await?;
         return Some(Begun { conn, client, input, h2 });
     }
-    let deadline = Instant::now() + worker.config.timeouts.handshake;
+    let deadline = clock::now() + worker.config.timeouts.handshake;
     if worker.router().has_passthrough() {
         opening = pass_through(worker, opening, deadline, counted).await?;
     }
@@ -317,8 +318,8 @@ async fn is_http2(
     input: &mut Buffer,
     presence: &mut Presence,
 ) -> Option<bool> {
-    let mut timer = Timer::new(Instant::now() + worker.config.timeouts.keep_alive);
-    let mut deadline = Instant::now() + worker.config.timeouts.header;
+    let mut timer = Timer::new(clock::now() + worker.config.timeouts.keep_alive);
+    let mut deadline = clock::now() + worker.config.timeouts.header;
     loop {
         let compared = input.len().min(PREFACE.len());
         if input.filled()[..compared] != PREFACE[..compared] {

@@ -12,9 +12,9 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::AsyncWrite as _;
-use tokio::time::Instant;
 
 use crate::buffer::Buffer;
+use crate::clock;
 use crate::conn::Conn;
 use crate::splice::{Splice, SpliceError};
 use crate::timer::Timer;
@@ -53,14 +53,14 @@ pub(crate) async fn run(
 ) -> End {
     let mut up = Direction::new(from_client);
     let mut down = Direction::new(from_endpoint);
-    let spoken = Cell::new(Instant::now());
+    let spoken = Cell::new(clock::now());
     loop {
         let relaying = poll_fn(|cx| {
             let more = up.poll(cx, client, endpoint)? | down.poll(cx, endpoint, client)?;
             let (sent, received) = (std::mem::take(&mut up.moved), std::mem::take(&mut down.moved));
             if sent + received > 0 {
                 count(sent, received);
-                spoken.set(Instant::now());
+                spoken.set(clock::now());
             }
             if up.state == State::Done && down.state == State::Done {
                 return Poll::Ready(io::Result::Ok(()));
@@ -80,7 +80,7 @@ pub(crate) async fn run(
                 }
                 return End::Reset;
             }
-            Err(_) if spoken.get() + idle <= Instant::now() => return End::Idle,
+            Err(_) if spoken.get() + idle <= clock::now() => return End::Idle,
             Err(_) => {}
         }
     }

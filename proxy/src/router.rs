@@ -2,7 +2,7 @@
 //! between generations wherever nothing changed, and live by one store.
 //!
 //! ```text
-//!  hosts:  exact ─► wildcard ─► any     1,024 ways by hash, then a line of name and value
+//!  hosts:  exact ─► wildcard ─► any     1,024 ways by hash, then fingerprint and value
 //!            └─► path trie ─► rule ─► split ─► backend ─► pool slot
 //!  pools:  slot ─► endpoints ─► live state     changing one compiles no host
 //! ```

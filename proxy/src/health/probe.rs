@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use crate::endpoint::LiveEndpoint;
+use crate::http::head::end_of_head;
 use crate::table::{Probe, UpstreamProtocol};
 use crate::tls;
 
@@ -100,7 +101,7 @@ fn final_status(mut answer: &[u8]) -> Result<Option<u16>, String> {
             Some(status) => return Ok(Some(status)),
             None => return Err("not HTTP/1".to_owned()),
         }
-        let Some(end) = memchr::memmem::find(answer, b"\r\n\r\n") else { return Ok(None) };
+        let Some(end) = end_of_head(answer) else { return Ok(None) };
         answer = &answer[end + 4..];
     }
 }

@@ -7,6 +7,8 @@ use std::time::Duration;
 use smallvec::SmallVec;
 use tokio::time::Instant;
 
+use crate::clock;
+
 use crate::metrics::{Limit, Outlier, Reject};
 use crate::resilience::{Breaker, MAX_TRIES, Resilience, RetryOn, outliers};
 use crate::upstream::{InFlight, Upstream};
@@ -97,12 +99,12 @@ impl<'r> Order<'r> {
 
     /// The less of `timeout` and what the rule leaves the request.
     pub(crate) fn patience(&self, timeout: Duration) -> Duration {
-        self.ends.next.get().map_or(timeout, |end| end.saturating_duration_since(Instant::now()).min(timeout))
+        self.ends.next.get().map_or(timeout, |end| end.saturating_duration_since(clock::now()).min(timeout))
     }
 
     /// The request as a whole has taken too long.
     pub(crate) fn is_overdue(&self) -> bool {
-        self.ends.request.is_some_and(|end| Instant::now() >= end)
+        self.ends.request.is_some_and(|end| clock::now() >= end)
     }
 
     /// A deadline has passed: whose?
@@ -113,7 +115,7 @@ impl<'r> Order<'r> {
     /// Passes over to failure when something moves all the time, and still takes too long.
     pub(crate) fn in_time(&self) -> Result<(), Failure> {
         match self.ends.next.get() {
-            Some(end) if Instant::now() >= end => Err(self.late()),
+            Some(end) if clock::now() >= end => Err(self.late()),
             _ => Ok(()),
         }
     }
@@ -121,7 +123,7 @@ impl<'r> Order<'r> {
     /// An attempt begins.
     pub(crate) fn begin_try(&self) {
         if let Some(timeout) = self.resilience().and_then(|own| own.try_timeout) {
-            let end = Instant::now() + timeout;
+            let end = clock::now() + timeout;
             self.ends.next.set(Some(self.ends.request.map_or(end, |request| request.min(end))));
         }
     }
@@ -310,7 +312,7 @@ impl<'r> Order<'r> {
         if self.worker.config.outliers.compares() {
             upstream.seen.add(self.slot(), true, None);
         }
-        if upstream.live.failed(crate::clock::now_ms(), &self.worker.config.ejection) {
+        if upstream.live.failed(clock::now_ms(), &self.worker.config.ejection) {
             self.worker.metrics.ejections.inc();
             tracing::warn!(endpoint = %upstream.live.address, "endpoint keeps failing: left alone for a while");
         }

@@ -23,7 +23,7 @@ use crate::worker::Worker;
 use super::Forward;
 use super::attempts::{Chosen, Course, Ends, Lost};
 use super::forward::{Delivery, write_response};
-use super::head::{Framing, HeaderRoom};
+use super::head::{Framing, HeaderRoom, end_of_head};
 use super::record::Record;
 use super::response::{BadResponse, ResponseHead};
 
@@ -189,7 +189,7 @@ impl Order<'_> {
         let turns = if tried.is_empty() { &self.worker.turns } else { &self.worker.again };
         let endpoint = pool.pick_for(&self.forward.steer, turns, clock::now_ms(), tried)?;
         if pool.measures() {
-            self.answered.asked.set(Some((endpoint.live.id, Instant::now())));
+            self.answered.asked.set(Some((endpoint.live.id, clock::now())));
         }
         Some(self.worker.upstreams.of(&endpoint.live))
     }
@@ -201,7 +201,7 @@ impl Order<'_> {
         if let Some((id, at)) = self.answered.asked.get()
             && id == upstream.live.id
         {
-            upstream.live.latency().record(clock::now_ms(), at.elapsed().as_micros() as u64);
+            upstream.live.latency().record(clock::now_ms(), (clock::now() - at).as_micros() as u64);
         }
     }
 
@@ -214,17 +214,17 @@ impl Order<'_> {
 
     pub(crate) fn connect_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.connect_timeout;
-        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.connect))
+        self.bounded(clock::now() + own.unwrap_or(self.worker.config.timeouts.connect))
     }
 
     pub(crate) fn send_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.send_timeout;
-        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.send))
+        self.bounded(clock::now() + own.unwrap_or(self.worker.config.timeouts.send))
     }
 
     pub(crate) fn deadline(&self, awaits: Awaits) -> Instant {
         match awaits {
-            Awaits::Client => self.bounded(Instant::now() + self.worker.config.timeouts.client),
+            Awaits::Client => self.bounded(clock::now() + self.worker.config.timeouts.client),
             Awaits::Room => self.send_deadline(),
             Awaits::Answer => self.read_deadline(),
         }
@@ -232,7 +232,7 @@ impl Order<'_> {
 
     pub(crate) fn read_deadline(&self) -> Instant {
         let own = self.forward.rule.limits.read_timeout;
-        self.bounded(Instant::now() + own.unwrap_or(self.worker.config.timeouts.read))
+        self.bounded(clock::now() + own.unwrap_or(self.worker.config.timeouts.read))
     }
 
     /// Tries endpoints until one has answered with a final response head, which
@@ -314,7 +314,7 @@ impl Order<'_> {
             }
             let (mut peer, reused) = self.connected(timer, upstream, course.fresh_only).await?;
             let since_start = reused && course.is_first();
-            record.connected = Some(if since_start { record.started } else { Instant::now() });
+            record.connected = Some(if since_start { record.started } else { clock::now() });
             peer.occupy(busy);
             // A failed write is not the end: the endpoint may have answered before it hung up.
             let sent = timer.within(self.send_deadline(), peer.conn.send([head, &[], &[]])).await;
@@ -409,7 +409,7 @@ impl Order<'_> {
                     }
                     read => read?,
                 };
-                record.first_byte.get_or_insert_with(Instant::now);
+                record.first_byte.get_or_insert_with(clock::now);
             }
         }
     }
@@ -488,7 +488,7 @@ fn peek_status(bytes: &[u8], to_head: bool) -> Result<Option<u16>, Failure> {
     if bytes.is_empty() {
         return Ok(None);
     }
-    let complete = memchr::memmem::find(bytes, b"\r\n\r\n").is_some();
+    let complete = end_of_head(bytes).is_some();
     if complete && let [b'H', b'T', b'T', b'P', b'/', b'1', b'.', _, b' ', a, b, c, ..] = bytes {
         let digit = |d: &u8| u16::from(d.wrapping_sub(b'0'));
         return Ok(Some(digit(a) * 100 + digit(b) * 10 + digit(c)));

@@ -15,6 +15,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::time::Instant;
 
 use crate::buffer::{Buffer, Output};
+use crate::clock;
 use crate::conn::Conn;
 use crate::limit::{self, Held};
 use crate::metrics;
@@ -28,7 +29,7 @@ use super::client::Client;
 use super::exchange::Order;
 use super::field::Field;
 use super::forward::{self, RequestId, connection_line, decimal, put};
-use super::head::{Framing, HeaderRoom, Http1View, Reject, RequestHead};
+use super::head::{Framing, HeaderRoom, Http1View, Reject, RequestHead, end_of_head};
 use super::record::{Notes, Record, Texts, finish};
 use super::{Asked, Verdict, decide, is_idempotent, phrase, write_https_location};
 
@@ -98,7 +99,7 @@ pub(crate) fn serve(
     presence: Presence,
     input: Buffer,
 ) -> impl Future<Output = ()> {
-    let now = Instant::now();
+    let now = clock::now();
     let timer = Timer::new(now + worker.config.timeouts.keep_alive);
     let mut this = Http1 { worker, client, conn, timer, input, presence, held: None, now };
     async move {
@@ -121,7 +122,7 @@ impl Http1 {
         if !self.wait_for_bytes().await {
             return Next::Close(false);
         }
-        let started = Instant::now();
+        let started = clock::now();
         let deadline = started + self.worker.config.timeouts.header;
         let mut read_first = false;
         let reject = loop {
@@ -188,7 +189,7 @@ impl Http1 {
         loop {
             let filled = self.input.filled();
             let from = searched.min(filled.len());
-            if !read_first && memchr::memmem::find(&filled[from..], b"\r\n\r\n").is_some() {
+            if !read_first && end_of_head(&filled[from..]).is_some() {
                 return Ok(true);
             }
             read_first = false;
@@ -312,7 +313,7 @@ impl Http1 {
             if !matches!(next, Next::Tunnel(..)) {
                 self.held = None;
             }
-            self.now = Instant::now();
+            self.now = clock::now();
             self.worker.metrics.requests_in_flight.dec();
             let protocol = if plan.shape.minor == 0 { "HTTP/1.0" } else { "HTTP/1.1" };
             let verdict = Some(&plan.verdict);
@@ -381,13 +382,13 @@ impl Http1 {
         let client: IpAddr = self.client.peer.ip();
         tracing::debug!(%client, status = reject.status, reason = reject.reason, "request refused");
         let notes = self.worker.log.borrow().is_some().then(|| Notes::new(&Texts::default()));
-        finish(&self.worker, &self.client, "HTTP/1.1", None, &record, notes.as_ref(), Instant::now());
+        finish(&self.worker, &self.client, "HTTP/1.1", None, &record, notes.as_ref(), clock::now());
         Next::Close(sent)
     }
 
     /// Ends the connection; if the client may still be sending, reads on for a moment.
     async fn close(&mut self, sending: bool) {
-        let deadline = Instant::now() + LINGER;
+        let deadline = clock::now() + LINGER;
         let shut = self.timer.within(deadline, self.conn.shutdown()).await;
         if !sending || !matches!(shut, Ok(Ok(()))) {
             return;
@@ -415,7 +416,7 @@ pub(super) fn send(
     parts: [&[u8]; 3],
 ) -> impl Future<Output = bool> {
     // By hand, because an async block would hold the parts twice.
-    let mut sending = timer.within(Instant::now() + timeout, conn.send(parts));
+    let mut sending = timer.within(clock::now() + timeout, conn.send(parts));
     poll_fn(move |cx| Pin::new(&mut sending).poll(cx).map(|sent| matches!(sent, Ok(Ok(())))))
 }
 
@@ -434,10 +435,7 @@ fn notes(head: &RequestHead<'_, '_>, id: &RequestId) -> Notes {
 fn write_answer(head: &mut Vec<u8>, status: u16, text: &str, extra: &[u8], connection: &[u8]) {
     let mut room = [0; 20];
     put(head, &[b"HTTP/1.1 ", decimal(u64::from(status), &mut room), b" ", text.as_bytes(), b"\r\n"]);
-    put(
-        head,
-        &[b"Date: ", &crate::clock::http_date(), b"\r\nContent-Type: text/plain\r\n", extra, connection],
-    );
+    put(head, &[b"Date: ", &clock::http_date(), b"\r\nContent-Type: text/plain\r\n", extra, connection]);
     let length = text.len() as u64 + 1;
     put(head, &[b"Content-Length: ", decimal(length, &mut room), b"\r\n\r\n"]);
 }

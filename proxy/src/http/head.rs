@@ -5,8 +5,10 @@
 
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
+use std::sync::LazyLock;
 
 use httparse::{Header, Status};
+use memchr::memmem::Finder;
 use smallvec::SmallVec;
 
 use crate::config::{Limits, MAX_HEADERS};
@@ -51,6 +53,13 @@ impl<'b> HeaderRoom<'b> {
     pub(crate) fn slots(&mut self) -> &mut [MaybeUninit<Header<'b>>] {
         &mut self.0
     }
+}
+
+/// Where the empty line after a head begins (`\r\n\r\n`), if it is there.
+pub(crate) fn end_of_head(bytes: &[u8]) -> Option<usize> {
+    // Made once: making it takes longer than finding something.
+    static EMPTY_LINE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\r\n\r\n"));
+    EMPTY_LINE.find(bytes)
 }
 
 /// A complete request head.

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::{Closing, failed};
 use crate::balance::CompiledPool;
@@ -107,7 +106,8 @@ fn admit(
     match last.clone() {
         Some(target) => {
             let presence = Presence::new(worker.clone());
-            tokio::task::spawn_local(connection(worker.clone(), presence, target, client, peer));
+            let connection = connection(worker.clone(), presence, target, client, peer);
+            tokio::task::spawn_local(clock::in_turns(connection));
         }
         None => reset(&client),
     }
@@ -129,7 +129,7 @@ async fn connection(
     let mut opening = Opening { tcp: client, source: peer, destination: local, input: Buffer::new() };
     let Some(_held) = identify(&worker, &target, &mut opening).await else { return reset(&opening.tcp) };
     let idle = target.listener.desired.idle_timeout.unwrap_or(worker.config.l4.idle);
-    let mut timer = Timer::new(Instant::now() + worker.config.timeouts.connect);
+    let mut timer = Timer::new(clock::now() + worker.config.timeouts.connect);
     let Some((mut peer, _busy)) = reach(&worker, target, &opening, &mut timer).await else {
         counted.slot().failed.inc();
         return reset(&opening.tcp);
@@ -181,7 +181,7 @@ async fn reach(
     if let Some(version) = target.listener.desired.proxy_protocol.send {
         let mut header = Output::take();
         proxy_protocol::write_header(version, opening.source, opening.destination, &mut header);
-        let deadline = Instant::now() + worker.config.timeouts.send;
+        let deadline = clock::now() + worker.config.timeouts.send;
         timer.within(deadline, peer.conn.send([&header, b"", b""])).await.ok()?.ok()?;
     }
     Some((peer, busy))
@@ -195,7 +195,7 @@ async fn connect(worker: &Worker, pool: &CompiledPool, timer: &mut Timer) -> Opt
         let upstream = worker.upstreams.of(&endpoint.live);
         // It counts from the first packet: many that come at once must see one another.
         let busy = InFlight::new(upstream.clone());
-        let deadline = Instant::now() + worker.config.timeouts.connect;
+        let deadline = clock::now() + worker.config.timeouts.connect;
         match timer.within(deadline, worker.upstreams.connect_tcp(&upstream)).await {
             Ok(Ok(peer)) => {
                 upstream.live.succeeded();

@@ -1,15 +1,16 @@
 //! A persistent map from host names: 1,024 ways by the upper bits of a hash,
 //! each an open-addressed table by its lower bits, shared between generations.
 //!
-//! An entry is one line of the cache and has name and value in it; entries lie
-//! side by side, because how long a lookup takes among many is a matter of how
-//! many lines and pages it touches. Bytes that go with a value lie in one array
-//! per way. An edit copies one way: a thousandth of the names.
+//! How long a lookup takes among many is a matter of how much memory it touches.
+//! So a name is not kept: its [`Fingerprint`] stands for it, beside the value,
+//! and 100,000 entries fit the cache. Bytes that go with a value lie in one
+//! array per way. An edit copies one way, a thousandth of the names, and the
+//! pointers of 32 of them.
 
-use std::hash::{BuildHasher, Hasher};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 
-use foldhash::quality::RandomState;
+use siphasher::sip128::SipHasher13;
 
 use crate::table::HostPattern;
 
@@ -102,68 +103,106 @@ impl Place<'_> {
     }
 }
 
-const WAYS: usize = 1024;
+/// Ways in a group, and groups in a map: an edit copies the pointers of one
+/// group and of the map, not of all ways.
+const FAN: usize = 32;
 
-type Root<V> = [Way<V>; WAYS];
+type Root<V> = [Arc<Group<V>>; FAN];
+type Group<V> = [Way<V>; FAN];
 
 #[derive(Debug)]
 struct HostMap<V> {
     root: Option<Arc<Root<V>>>,
-    /// Seeded once and handed down: all generations agree, strangers cannot aim at a way.
-    hasher: RandomState,
+    /// Drawn once and handed down: all generations agree.
+    key: Key,
 }
 
 impl<V> Default for HostMap<V> {
     fn default() -> HostMap<V> {
-        HostMap { root: None, hasher: RandomState::default() }
+        HostMap { root: None, key: Key::random() }
     }
 }
 
 impl<V> Clone for HostMap<V> {
     fn clone(&self) -> HostMap<V> {
-        HostMap { root: self.root.clone(), hasher: self.hasher.clone() }
+        HostMap { root: self.root.clone(), key: self.key }
+    }
+}
+
+/// What a name is taken for: 106 bits of SipHash-1-3 under a key nobody else
+/// knows. An unknown name passes for one of 100,000 once in 2^89 tries, and
+/// without the key none can be looked for.
+#[derive(Clone, Copy, Debug)]
+struct Fingerprint {
+    /// Five bits of it.
+    group: usize,
+    /// Five more: which way of the group.
+    way: usize,
+    tag: Tag,
+}
+
+/// The rest of a fingerprint. The last word says where in its way an entry is looked for first.
+type Tag = [u32; 3];
+
+#[derive(Clone, Copy)]
+struct Key(u64, u64);
+
+impl Key {
+    fn random() -> Key {
+        // The standard library's keys come from the operating system.
+        let draw = || RandomState::new().hash_one(());
+        Key(draw(), draw())
+    }
+
+    fn fingerprint(self, name: &str) -> Fingerprint {
+        let hash = SipHasher13::new_with_keys(self.0, self.1).hash(name.as_bytes());
+        let (upper, lower) = ((hash.h2 >> 32) as u32, hash.h2 as u32);
+        let place = (hash.h1 >> 54) as usize;
+        Fingerprint { group: place / FAN, way: place % FAN, tag: [upper, lower, hash.h1 as u32] }
+    }
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Key(..)")
     }
 }
 
 impl<V> HostMap<V> {
     fn get(&self, name: &str) -> Option<Entry<'_, V>> {
-        let hash = self.hash(name);
-        self.root.as_ref()?[way(hash)].get(hash as u32, name)
-    }
-
-    fn hash(&self, name: &str) -> u64 {
-        let mut hasher = self.hasher.build_hasher();
-        hasher.write(name.as_bytes());
-        hasher.finish()
+        let root = self.root.as_ref()?;
+        let print = self.key.fingerprint(name);
+        root[print.group][print.way].get(print.tag)
     }
 }
 
 impl<V: Clone> HostMap<V> {
     fn insert(&mut self, name: &str, value: V, bytes: &[u8]) {
-        let hash = self.hash(name);
+        let Fingerprint { group, way, tag } = self.key.fingerprint(name);
         let root = self.root.get_or_insert_with(|| {
-            let empty = Way::with_room_for(0, 0);
-            Arc::new(std::array::from_fn(|_| empty.clone()))
+            let way = Way::with_room_for(0, 0);
+            let group: Arc<Group<V>> = Arc::new(std::array::from_fn(|_| way.clone()));
+            Arc::new(std::array::from_fn(|_| group.clone()))
         });
-        let way = &mut Arc::make_mut(root)[way(hash)];
-        let known = way.get(hash as u32, name).is_some();
+        let way = &mut Arc::make_mut(&mut Arc::make_mut(root)[group])[way];
+        let known = way.get(tag).is_some();
         // What is replaced leaves its bytes behind: not for long.
         if known || !way.has_room_for(bytes.len()) {
             let more = if known { bytes.len() } else { bytes.len() + way.used / 4 };
-            *way = way.rebuilt(way.len + usize::from(!known), more, hash as u32, name);
+            *way = way.rebuilt(way.len + usize::from(!known), more, tag);
         }
-        way.put(Slot { hash: hash as u32, at: 0, name: Name::new(name), value }, bytes);
+        way.put(Slot { tag, at: NONE, value }, bytes);
     }
 
     fn remove(&mut self, name: &str) {
         if self.get(name).is_none() {
             return;
         }
-        let hash = self.hash(name);
+        let Fingerprint { group, way, tag } = self.key.fingerprint(name);
         let Some(root) = &mut self.root else { return };
-        let way = &mut Arc::make_mut(root)[way(hash)];
+        let way = &mut Arc::make_mut(&mut Arc::make_mut(root)[group])[way];
         // Rebuilt, because a gap would end the search for names behind it.
-        *way = way.rebuilt(way.len - 1, 0, hash as u32, name);
+        *way = way.rebuilt(way.len - 1, 0, tag);
     }
 }
 
@@ -178,47 +217,16 @@ struct Way<V> {
     used: usize,
 }
 
-/// With the values of the router exactly one cache line.
 #[derive(Clone, Debug)]
-#[repr(align(64))]
 struct Slot<V> {
-    /// Lower half of the hash.
-    hash: u32,
+    tag: Tag,
     /// Where its bytes are in those of the way, or `NONE`. A way is a
     /// thousandth of a table, so 4 GiB are plenty.
     at: u32,
     value: V,
-    name: Name,
 }
 
 const NONE: u32 = u32::MAX;
-
-/// A name that, unless it is long, needs no look elsewhere.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Name {
-    Short { len: u8, bytes: [u8; 30] },
-    Long(Box<str>),
-}
-
-impl Name {
-    fn new(name: &str) -> Name {
-        let mut bytes = [0; 30];
-        match bytes.get_mut(..name.len()) {
-            Some(short) => {
-                short.copy_from_slice(name.as_bytes());
-                Name::Short { len: name.len() as u8, bytes }
-            }
-            None => Name::Long(name.into()),
-        }
-    }
-
-    fn is(&self, name: &str) -> bool {
-        match self {
-            Name::Short { len, bytes } => bytes[..usize::from(*len)] == *name.as_bytes(),
-            Name::Long(long) => **long == *name,
-        }
-    }
-}
 
 impl<V> Clone for Way<V> {
     fn clone(&self) -> Way<V> {
@@ -238,12 +246,12 @@ impl<V> Way<V> {
         fits && (self.len + 1) * 5 <= self.slots.len() * 4
     }
 
-    fn get(&self, hash: u32, name: &str) -> Option<Entry<'_, V>> {
-        let mut at = home(hash, self.slots.len());
+    fn get(&self, tag: Tag) -> Option<Entry<'_, V>> {
+        let mut at = home(tag, self.slots.len());
         loop {
             // Ends at an empty slot, of which there is one, or at once if there are no slots.
             let slot = self.slots.get(at)?.as_ref()?;
-            if slot.hash == hash && slot.name.is(name) {
+            if slot.tag == tag {
                 return Some(Entry { value: &slot.value, bytes: self.bytes(slot) });
             }
             at = next(at, self.slots.len());
@@ -276,7 +284,7 @@ impl<V: Clone> Way<V> {
             self.used += LENGTH + bytes.len();
         }
         let slots = Arc::make_mut(&mut self.slots);
-        let mut at = home(slot.hash, slots.len());
+        let mut at = home(slot.tag, slots.len());
         while slots[at].is_some() {
             at = next(at, slots.len());
         }
@@ -284,10 +292,10 @@ impl<V: Clone> Way<V> {
         self.len += 1;
     }
 
-    /// The entries but the one of this hash and name, with room for `len` of
-    /// them, and for an entry of `more` bytes.
-    fn rebuilt(&self, len: usize, more: usize, hash: u32, name: &str) -> Way<V> {
-        let kept = || self.slots.iter().flatten().filter(|slot| slot.hash != hash || !slot.name.is(name));
+    /// The entries but the one of this tag, with room for `len` of them, and
+    /// for an entry of `more` bytes.
+    fn rebuilt(&self, len: usize, more: usize, tag: Tag) -> Way<V> {
+        let kept = || self.slots.iter().flatten().filter(|slot| slot.tag != tag);
         let bytes: usize = kept().map(|slot| record(self.bytes(slot).len())).sum();
         let mut way = Way::with_room_for(len, bytes + record(more));
         kept().for_each(|slot| way.put(slot.clone(), self.bytes(slot)));
@@ -309,13 +317,9 @@ fn part(record: &[u8]) -> &[u8] {
     &rest[..u32::from_le_bytes(*length) as usize]
 }
 
-fn way(hash: u64) -> usize {
-    (hash >> 54) as usize
-}
-
-/// Where the search for a hash begins: scaled to the slots.
-fn home(hash: u32, slots: usize) -> usize {
-    ((u64::from(hash) * slots as u64) >> 32) as usize
+/// Where the search for a tag begins: scaled to the slots.
+fn home(tag: Tag, slots: usize) -> usize {
+    ((u64::from(tag[2]) * slots as u64) >> 32) as usize
 }
 
 fn next(at: usize, slots: usize) -> usize {
@@ -403,16 +407,17 @@ mod tests {
             let entry = map.get(&n.to_string()).unwrap();
             assert_eq!((*entry.value, entry.bytes), (n, vec![2; n % 300].as_slice()));
         }
-        let used = map.root.iter().flat_map(|root| root.iter()).map(|way| way.used);
+        let used =
+            map.root.iter().flat_map(|root| root.iter()).flat_map(|group| group.iter()).map(|way| way.used);
         // Nothing of what was replaced.
         let expected: usize = (0..5_000).map(|n| record(n % 300)).sum();
         assert_eq!(used.sum::<usize>(), expected);
     }
 
     #[test]
-    fn a_slot_of_the_router_is_one_cache_line() {
+    fn a_slot_of_the_router_is_small() {
         type Slots = Option<Slot<(Arc<[u8]>, Option<Arc<()>>)>>;
-        assert_eq!((size_of::<Slots>(), align_of::<Slots>()), (64, 64));
+        assert_eq!(size_of::<Slots>(), 40);
     }
 
     #[test]
@@ -432,7 +437,10 @@ mod tests {
     fn names_that_meet_in_one_slot_are_told_apart() {
         let mut map = HostMap::default();
         let names: Vec<String> = (0..200_000).map(|n| n.to_string()).collect();
-        let place = |name: &str| (way(map.hash(name)), map.hash(name) & 15);
+        let place = |name: &str| {
+            let print = map.key.fingerprint(name);
+            (print.group, print.way, print.tag[2] >> 28)
+        };
         let wanted = place(&names[0]);
         let same: Vec<&String> = names.iter().filter(|name| place(name) == wanted).collect();
         assert!(same.len() > 1, "16,384 places cannot hold 200,000 names one by one");

@@ -5,7 +5,8 @@ use std::future::poll_fn;
 use std::task::Poll;
 
 use tokio::net::TcpStream;
-use tokio::time::Instant;
+
+use crate::clock;
 
 use crate::conn::Conn;
 use crate::http::exchange::{Order, Source};
@@ -52,7 +53,7 @@ pub(super) fn splice(
             order.in_time().map_err(|_| OVERDUE)?;
             let waiting_for_client = splice.held() > 0;
             let deadline = match waiting_for_client {
-                true => order.bounded(Instant::now() + order.worker.config.timeouts.client),
+                true => order.bounded(clock::now() + order.worker.config.timeouts.client),
                 false => order.read_deadline(),
             };
             let step = poll_fn(|cx| match splice.poll(cx, from, to, left - *moved) {

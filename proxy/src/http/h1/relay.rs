@@ -3,8 +3,6 @@
 use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
 
-use tokio::time::Instant;
-
 use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
@@ -335,7 +333,7 @@ fn send_uploading(
 ) -> impl Future<Output = bool> {
     async move {
         loop {
-            let deadline = order.bounded(Instant::now() + source.write_timeout);
+            let deadline = order.bounded(clock::now() + source.write_timeout);
             let moved = poll_fn(|cx| {
                 if let Poll::Ready(sent) = source.conn.poll_send(cx, &mut parts) {
                     return Poll::Ready(Some(sent.is_ok()));

@@ -14,7 +14,7 @@ use crate::buffer::{Buffer, Output, share};
 use crate::clock;
 use crate::http::exchange::{Failure, Order, UploadError, step};
 use crate::http::h1::Incoming;
-use crate::http::head::{Framing, HeaderRoom};
+use crate::http::head::{Framing, HeaderRoom, end_of_head};
 use crate::http::over_h2::{Answering, Frame, next_frame, poll_room};
 use crate::http::record::{Notes, Record, Texts, finish};
 use crate::http::response::{BadResponse, ResponseHead};
@@ -518,7 +518,7 @@ fn response_of(
 /// A small answer whole: its body is shared along with its head. Of a larger one the head alone.
 fn shareable(answer: &[u8]) -> &[u8] {
     const SMALL: usize = 4 << 10;
-    match memchr::memmem::find(answer, b"\r\n\r\n") {
+    match end_of_head(answer) {
         Some(end) if answer.len() > SMALL => &answer[..end + 4],
         _ => answer,
     }
