@@ -21,7 +21,7 @@ use crate::l4::ListenerStates;
 use crate::metrics::{ListenerStats, Metrics};
 use crate::split::CompiledSplit;
 use crate::table::{
-    L4Listener, ListenerKey, Origin, Passthrough, PathMatch, PoolKey, RoutingTable, RuleLimits,
+    HeaderEdits, L4Listener, ListenerKey, Origin, Passthrough, PathMatch, RoutingTable, RuleLimits,
 };
 use crate::tls::{Candidates, CertificateLookup};
 
@@ -119,6 +119,8 @@ pub struct CompiledRule {
     pub https_redirect: bool,
     /// Where it differs from the process-wide limits.
     pub limits: RuleLimits,
+    /// As in the table.
+    pub edits: Option<Arc<HeaderEdits>>,
     /// What is done.
     pub action: CompiledAction,
 }
@@ -222,11 +224,6 @@ impl Router {
         self.pools.share(slot).unwrap_or_else(|| self.vacant.clone())
     }
 
-    /// The pool that `key` names, if the table or a rule does.
-    pub fn pool_by_key(&self, key: &PoolKey) -> Option<&CompiledPool> {
-        self.slots.get(key).map(|slot| self.pool(slot))
-    }
-
     /// What becomes of what arrives at an L4 listener; `None` once it is no longer in the table.
     pub fn listener(&self, key: &ListenerKey) -> Option<&CompiledListener> {
         self.listeners.get(key)
@@ -237,6 +234,11 @@ impl Router {
     /// [`RoutingTable::default_certificate`].
     pub fn certificates(&self, server_name: &str) -> Option<&[Arc<Certificate>]> {
         self.certificates.find(server_name).map(|entry| entry.value.as_slice())
+    }
+
+    /// What is changed in heads where no rule says anything of its own.
+    pub(crate) fn edits(&self) -> Option<&HeaderEdits> {
+        self.table.edits.as_deref()
     }
 
     /// What this was compiled from.
