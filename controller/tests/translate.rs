@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 use lockgate_controller::objects::{Parsed, parse};
 use lockgate_controller::store::{Key, Store};
-use lockgate_controller::translate::{Desired, HeaderOptions, NodeOptions, Options, StreamOptions, translate};
+use lockgate_controller::translate::{
+    Desired, HeaderOptions, NodeOptions, Options, StreamOptions, translate,
+};
 use lockgate_ebpf::ServiceTable;
 use lockgate_proxy::Certificate;
 use serde::{Deserialize, Serialize};
