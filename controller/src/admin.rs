@@ -2,37 +2,26 @@
 //! probes. Read only, on loopback unless told otherwise.
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Full, Limited};
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HOST};
-use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::header::{ALLOW, HOST};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
-use crate::explain::{Question, decode, explain};
+use crate::explain::{Question, explain};
+use crate::http::{self, Answer, CONNECTION_TIMEOUT, HEADER_TIMEOUT, Reply, parameters};
 use crate::text::Text;
 use lockgate_proxy::handover::Sockets;
 use lockgate_proxy::l4::ListenerState;
 use lockgate_proxy::router::{Live, Routes};
-
-/// Further connections wait until one of these ends.
-const CONNECTIONS_MAX: usize = 64;
-
-/// From accepting a connection to the end of a request's headers.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// A connection ends after this long, whatever it does: scrapes are short.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Bytes of an answer that `explain --admin` is ready to read.
 const ANSWER_MAX: usize = 1 << 20;
@@ -154,36 +143,14 @@ async fn serve_until_relieved(listener: TcpListener, state: Arc<AdminState>) {
 }
 
 async fn serve(listener: TcpListener, state: Arc<AdminState>) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(_) => {
-                // Out of file descriptors, or a client that left already.
-                sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        let state = state.clone();
-        tokio::spawn(async move {
-            let service = service_fn(move |request| {
-                let answer = answer(&state, &request);
-                async move { Ok::<_, Infallible>(answer) }
-            });
-            let connection = hyper::server::conn::http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                .max_buf_size(16 << 10)
-                .serve_connection(TokioIo::new(stream), service);
-            // What goes wrong on a connection is the client's business.
-            let _ = timeout(CONNECTION_TIMEOUT, connection).await;
-            drop(slot);
-        });
-    }
+    http::serve(listener, move |request| {
+        let answer = answer(&state, &request);
+        async move { answer }
+    })
+    .await;
 }
 
-fn answer<B>(state: &AdminState, request: &Request<B>) -> Response<Full<Bytes>> {
+fn answer<B>(state: &AdminState, request: &Request<B>) -> Reply {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut refusal = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
         refusal.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
@@ -211,7 +178,7 @@ fn answer<B>(state: &AdminState, request: &Request<B>) -> Response<Full<Bytes>> 
 }
 
 /// Certificates appear by fingerprint: their `Serialize` knows nothing else.
-fn show_routes(routes: &Routes, query: &str) -> Response<Full<Bytes>> {
+fn show_routes(routes: &Routes, query: &str) -> Reply {
     let router = routes.load_full();
     let json = match parameters(query).find(|(name, _)| *name == "host") {
         None => serde_json::to_string_pretty(router.table()),
@@ -231,7 +198,7 @@ fn show_routes(routes: &Routes, query: &str) -> Response<Full<Bytes>> {
 }
 
 /// By listener: the address that is open, or why none is.
-fn show_listeners(live: &Live) -> Response<Full<Bytes>> {
+fn show_listeners(live: &Live) -> Reply {
     let states = live.listeners.get();
     let text = |state: &ListenerState| match state {
         ListenerState::Open(address) => format!("open at {address}"),
@@ -245,7 +212,7 @@ fn show_listeners(live: &Live) -> Response<Full<Bytes>> {
     }
 }
 
-fn show_explanation(routes: &Routes, query: &str) -> Response<Full<Bytes>> {
+fn show_explanation(routes: &Routes, query: &str) -> Reply {
     let (mut url, mut method, mut headers) = (String::new(), "GET".to_owned(), Vec::new());
     for (name, value) in parameters(query) {
         match name {
@@ -265,24 +232,12 @@ fn show_explanation(routes: &Routes, query: &str) -> Response<Full<Bytes>> {
     }
 }
 
-fn parameters(query: &str) -> impl Iterator<Item = (&str, String)> {
-    query.split('&').filter_map(|pair| {
-        let (name, value) = pair.split_once('=')?;
-        Some((name, decode(&value.replace('+', " "))))
-    })
+fn plain(status: StatusCode, text: &str) -> Reply {
+    Answer::text(status, text).into()
 }
 
-fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
-    body(status, "text/plain; charset=utf-8", text.to_owned())
-}
-
-fn body(status: StatusCode, kind: &'static str, text: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(text)));
-    *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
-    headers.insert(CACHE_CONTROL, hyper::header::HeaderValue::from_static("no-store"));
-    response
+fn body(status: StatusCode, kind: &'static str, text: String) -> Reply {
+    Answer::new(status, kind, text).no_store().into()
 }
 
 /// Asks the admin endpoint of another Lockgate: status and body.

@@ -1,5 +1,6 @@
 //! Every flag and environment variable.
 
+use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
@@ -14,11 +15,13 @@ use lockgate_proxy::config::{Config, Drain, L4Options, ProxyProtocol};
 use lockgate_proxy::table::Balance;
 
 mod limits;
+mod node;
 mod resilience;
 mod timeouts;
 mod values;
 
 pub use limits::LimitArgs;
+pub use node::{NodeArgs, NodeSettings, ViewArgs};
 pub use resilience::ResilienceArgs;
 pub use timeouts::TimeoutArgs;
 pub use values::{Size, Span};
@@ -71,6 +74,8 @@ Examples:
   lockgate explain https://shop.example/ -H 'X-Canary: always' --manifests ./manifests
   lockgate explain https://shop.example/ --admin 127.0.0.1:10254
       asks the Lockgate that runs there, so the answer is about what is live.
+  lockgate explain 10.96.0.10:53/udp --client 10.1.1.5 --manifests ./manifests --hostname-override n1
+      what a Pod gets from a Service on node n1; --admin 127.0.0.1:10249 asks its node agent.
 
 Exit status: 0 a rule serves the request, 1 none does, 2 the question cannot be answered.";
 
@@ -92,10 +97,25 @@ pub struct Cli {
 impl Cli {
     /// Reads the command line; ends the process with a message if it makes no sense.
     pub fn read() -> Cli {
+        Cli::parse_line(std::env::args_os()).unwrap_or_else(|error| error.exit())
+    }
+
+    /// Reads `line`, which begins with the program's name.
+    ///
+    /// # Errors
+    /// It makes no sense, or asks for help.
+    pub fn parse_line(
+        line: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+    ) -> Result<Cli, clap::Error> {
         // Help names each variable; its value now is not what one asks help for.
         let hidden = |command: clap::Command| command.mut_args(|arg| arg.hide_env_values(true));
-        let matches = Cli::command().mut_subcommands(hidden).get_matches();
-        Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+        let command = Cli::command().mut_subcommand("node", node::with_ignored).mut_subcommands(hidden);
+        let matches = command.try_get_matches_from(line)?;
+        let mut cli = Cli::from_arg_matches(&matches)?;
+        if let (Command::Node(args), Some(matches)) = (&mut cli.command, matches.subcommand_matches("node")) {
+            args.ignored = node::ignored(matches);
+        }
+        Ok(cli)
     }
 }
 
@@ -109,10 +129,13 @@ pub enum Command {
     /// Serve a folder of manifests: HTTP/1.1, HTTP/2, gRPC and WebSocket, plain and over TLS
     #[command(after_help = INGRESS_EXAMPLES)]
     Ingress(IngressArgs),
+    /// Make the Services of a folder of manifests work on this node, as kube-proxy does
+    #[command(after_help = node::EXAMPLES)]
+    Node(NodeArgs),
     /// Say what manifests will do here: accepted, differs, refused; and the routes that result
     #[command(after_help = CHECK_EXAMPLES)]
     Check(CheckArgs),
-    /// Say which rule serves a request, and why
+    /// Say which rule serves a request, or what a client of a Service gets, and why
     #[command(after_help = EXPLAIN_EXAMPLES)]
     Explain(ExplainArgs),
 }
@@ -373,7 +396,8 @@ pub struct CheckArgs {
 /// `lockgate explain`
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// What is asked for: https://host/path, or host/path for plain HTTP
+    /// What is asked for: https://host/path, or host/path for plain HTTP; ADDR:PORT[/tcp|/udp|/sctp]
+    /// with --client
     #[arg(value_name = "URL")]
     pub url: String,
     /// A header of the request; may be repeated
@@ -385,12 +409,18 @@ pub struct ExplainArgs {
     /// Answer from this folder (or file) of manifests
     #[arg(long, value_name = "DIR", env = "LOCKGATE_MANIFESTS", required_unless_present = "admin")]
     pub manifests: Option<PathBuf>,
-    /// Answer from the Lockgate whose --admin-addr this is
+    /// Who asks: explains what the service plane does with a connection from this address
+    #[arg(long, value_name = "ADDR")]
+    pub client: Option<IpAddr>,
+    /// Answer from the Lockgate whose --admin-addr, or --metrics-bind-address, this is
     #[arg(long, value_name = "ADDR:PORT", conflicts_with = "manifests")]
     pub admin: Option<SocketAddr>,
     #[allow(missing_docs)]
     #[command(flatten)]
     pub objects: ObjectArgs,
+    #[allow(missing_docs)]
+    #[command(flatten, next_help_heading = "With --client")]
+    pub view: ViewArgs,
 }
 
 /// `lockgate demo`

@@ -13,6 +13,7 @@ use lockgate_proxy::table::{
 
 use crate::args::ExplainArgs;
 use crate::check::{self, routes};
+use crate::node;
 use crate::text::{Text, Tone, count, printable};
 use crate::translate::translate;
 use lockgate_proxy::router::{Found, Live, Router};
@@ -32,6 +33,9 @@ const ACME: &str = "/.well-known/acme-challenge/";
 
 /// Runs `lockgate explain`; returns the exit status.
 pub async fn run(args: &ExplainArgs) -> u8 {
+    if let Some(client) = args.client {
+        return service(args, client).await;
+    }
     let question = match Question::new(&args.url, &args.method, &args.headers) {
         Ok(question) => question,
         Err(error) => return fail(&error),
@@ -39,6 +43,40 @@ pub async fn run(args: &ExplainArgs) -> u8 {
     match (&args.admin, &args.manifests) {
         (Some(admin), _) => ask_admin(*admin, args).await,
         (None, Some(path)) => ask_files(path.clone(), args, &question),
+        (None, None) => fail("name --manifests DIR or --admin ADDR"),
+    }
+}
+
+/// What the service plane does with a connection of `client`.
+async fn service(args: &ExplainArgs, client: std::net::IpAddr) -> u8 {
+    let question = match node::explain::Question::new(&args.url, client) {
+        Ok(question) => question,
+        Err(error) => return fail(&error),
+    };
+    match (&args.admin, &args.manifests) {
+        (Some(admin), _) => {
+            let address = encode(&args.url);
+            query_admin(
+                *admin,
+                &format!("/debug/explain?address={address}&client={}", encode(&client.to_string())),
+            )
+            .await
+        }
+        (None, Some(path)) => {
+            let options = match args.view.options() {
+                Ok(options) => options,
+                Err(error) => return fail(&format!("{error:#}")),
+            };
+            let Some(node) = &options.node else { return fail("there is no node") };
+            let snapshot = check::read_all(std::slice::from_ref(path), &args.objects).snapshot();
+            snapshot.problems.iter().for_each(|problem| eprintln!("lockgate: {problem}"));
+            let desired = translate(&snapshot.store, &options);
+            let mut text = Text::for_stdout();
+            let served =
+                node::explain::explain(&mut text, &desired.services, &question, node, &snapshot.store);
+            text.print();
+            u8::from(!served)
+        }
         (None, None) => fail("name --manifests DIR or --admin ADDR"),
     }
 }
@@ -65,7 +103,11 @@ fn ask_files(path: PathBuf, args: &ExplainArgs, question: &Question) -> u8 {
 async fn ask_admin(admin: SocketAddr, args: &ExplainArgs) -> u8 {
     let mut query = format!("/debug/explain?url={}&method={}", encode(&args.url), encode(&args.method));
     args.headers.iter().for_each(|header| query.push_str(&format!("&header={}", encode(header))));
-    match crate::admin::get(admin, &query).await {
+    query_admin(admin, &query).await
+}
+
+async fn query_admin(admin: SocketAddr, query: &str) -> u8 {
+    match crate::admin::get(admin, query).await {
         Ok((status @ (200 | 404), body)) => {
             let mut text = Text::for_stdout();
             text.plain(&body);

@@ -187,13 +187,13 @@ fn banner(
 }
 
 /// The signals that mean: stop.
-struct Stop {
+pub(crate) struct Stop {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Stop {
-    fn new() -> std::io::Result<Stop> {
+    pub(crate) fn new() -> std::io::Result<Stop> {
         Ok(Stop { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
@@ -207,7 +207,7 @@ impl Stop {
         self.signal().await
     }
 
-    async fn signal(&mut self) -> &'static str {
+    pub(crate) async fn signal(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",

@@ -14,7 +14,9 @@ pub mod demo;
 pub mod explain;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
+pub(crate) mod http;
 pub mod ingress;
+pub mod node;
 pub mod objects;
 pub mod publish;
 pub mod source;

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use lockgate_controller::args::{Cli, Command};
-use lockgate_controller::{check, demo, explain, ingress};
+use lockgate_controller::{check, demo, explain, ingress, node};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Command::Explain(args) => return runtime.block_on(explain::run(args)).into(),
         Command::Ingress(args) => runtime.block_on(ingress::run(args)),
         Command::Demo(args) => runtime.block_on(demo::run(args)),
+        Command::Node(args) => runtime.block_on(node::run(args)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -35,7 +36,7 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 /// `RUST_LOG` says what; by default all that an operator should see.
 fn log_to_stderr(command: &Command) {
     let default = match command {
-        Command::Ingress(_) => "info",
+        Command::Ingress(_) | Command::Node(_) => "info",
         // These print their own account of things.
         Command::Demo(_) => "warn",
         Command::Check(_) | Command::Explain(_) => "off",

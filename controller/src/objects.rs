@@ -6,6 +6,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use serde::Serialize;
 
 mod convert;
@@ -361,6 +362,44 @@ pub struct Service {
     pub annotations: Labels,
     /// `spec.trafficDistribution` asks for endpoints of the same zone.
     pub prefers_zone: bool,
+    /// What only the service plane looks at.
+    pub exposure: Exposure,
+}
+
+/// How a Service is reached by its addresses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Exposure {
+    /// `spec.type`, if that is not `ExternalName`.
+    pub via: Via,
+    /// The label `service.kubernetes.io/service-proxy-name`: whose Service it is.
+    pub proxy_name: Option<Arc<str>>,
+    /// The label `service.kubernetes.io/headless` is set, or `spec.clusterIP` is `None`.
+    pub headless: bool,
+    /// `spec.externalIPs`
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` whose `ipMode` is `VIP`, also the default.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`; `None` if nothing is written there, and
+    /// empty if nothing there is a network, which then lets nobody in.
+    pub source_ranges: Option<Vec<IpNet>>,
+    /// `spec.internalTrafficPolicy: Local`
+    pub internal_local: bool,
+    /// `spec.externalTrafficPolicy: Local`
+    pub external_local: bool,
+    /// `spec.sessionAffinity: ClientIP`, and for how many seconds.
+    pub affinity: Option<u32>,
+    /// `spec.healthCheckNodePort`
+    pub health_check_port: Option<u16>,
+}
+
+/// From where a Service is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // the variants are their names
+pub enum Via {
+    #[default]
+    ClusterIp,
+    NodePort,
+    LoadBalancer,
 }
 
 /// `spec.type` of a Service.
@@ -386,6 +425,8 @@ pub struct ServicePort {
     pub protocol: Protocol,
     /// `appProtocol`
     pub app_protocol: Option<Arc<str>>,
+    /// `nodePort`
+    pub node_port: Option<u16>,
 }
 
 /// `targetPort`.
@@ -411,6 +452,9 @@ pub struct EndpointSlice {
     pub ports: Vec<SlicePort>,
     /// `endpoints`; empty if `addressType` is `FQDN`.
     pub endpoints: Vec<SliceEndpoint>,
+    /// Annotation `endpoints.kubernetes.io/last-change-trigger-time`: when that happened
+    /// of which this is the result, in microseconds since 1970.
+    pub triggered: Option<i64>,
 }
 
 /// One entry of an EndpointSlice's `ports`.
@@ -433,14 +477,16 @@ pub struct SliceEndpoint {
     pub address: IpAddr,
     /// `conditions.ready`, true if not written
     pub ready: bool,
-    /// `conditions.serving`, as `ready` if not written
+    /// `conditions.serving`, true if not written, as to kube-proxy
     pub serving: bool,
     /// `conditions.terminating`, false if not written
     pub terminating: bool,
     /// `zone`
     pub zone: Option<Arc<str>>,
-    /// The first of `hints.forZones`: the zone whose traffic is meant for it.
-    pub for_zone: Option<Arc<str>>,
+    /// `hints.forZones`: the zones whose traffic is meant for it.
+    pub for_zones: Vec<Arc<str>>,
+    /// `hints.forNodes`: the nodes whose traffic is meant for it.
+    pub for_nodes: Vec<Arc<str>>,
     /// `nodeName`
     pub node: Option<Arc<str>>,
 }
@@ -503,6 +549,13 @@ pub struct Node {
     pub meta: Meta,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<Arc<str>>,
+    /// Of `status.addresses`: those of type `InternalIP`, then `ExternalIP`, in their order.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`
+    pub pod_networks: Vec<IpNet>,
+    /// It is being deleted, or has the taint `ToBeDeletedByClusterAutoscaler`:
+    /// load balancers shall stop sending to it.
+    pub leaving: bool,
 }
 
 /// `v1` ConfigMap.

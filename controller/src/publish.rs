@@ -62,6 +62,11 @@ impl Translation {
         }
     }
 
+    /// From the next update on, the node has these addresses.
+    pub fn set_node_addresses(&mut self, addresses: Vec<std::net::IpAddr>) {
+        self.translator.set_node_addresses(addresses);
+    }
+
     /// Takes up a snapshot and logs what is new about its objects and files.
     pub fn update(&mut self, snapshot: &Snapshot) -> &Desired {
         self.desired = self.translator.translate(&snapshot.store);

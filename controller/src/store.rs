@@ -164,7 +164,7 @@ mod tests {
     fn an_equal_object_is_no_change() {
         let node = |zone: &str| {
             let meta = Meta { name: "n".into(), ..Meta::default() };
-            Object::Node(Node { meta, zone: Some(zone.into()) })
+            Object::Node(Node { meta, zone: Some(zone.into()), ..Node::default() })
         };
         let mut store = Store::default();
         store.apply(node("west"));

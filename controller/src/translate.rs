@@ -22,6 +22,7 @@ mod ingresses;
 mod plan;
 mod pools;
 mod resilience;
+mod service;
 mod settings;
 mod status;
 mod steering;
@@ -32,9 +33,11 @@ use certificates::Certificates;
 use headers::Headers;
 use ingresses::{Classes, Ingresses};
 use pools::Pools;
+use service::Services;
 use streams::Streams;
 
 pub use headers::HeaderOptions;
+pub use service::{NodeOptions, NodePorts, left_out};
 pub use streams::StreamOptions;
 pub(crate) use wish::balance;
 
@@ -54,6 +57,8 @@ pub struct Options {
     pub load_balance: Balance,
     /// TCP and UDP ports that are relayed as they are.
     pub streams: StreamOptions,
+    /// The node whose service plane this feeds. `None`: there is none.
+    pub node: Option<NodeOptions>,
     /// What is changed in the heads of requests and responses.
     pub headers: HeaderOptions,
 }
@@ -87,6 +92,7 @@ pub struct Translator {
     endpoints: endpoints::Index,
     hosts: HashMap<HostPattern, host::Found>,
     pools: Pools,
+    services: Services,
     certificates: Certificates,
     streams: Streams,
     headers: Headers,
@@ -121,6 +127,14 @@ impl Translator {
     pub fn new(options: Options) -> Translator {
         let (pools, headers) = (Pools::new(&options), Headers::new(&options.headers));
         Translator { pools, headers, options, ..Translator::default() }
+    }
+
+    /// From the next translation on, the node has these addresses. Does nothing
+    /// without [`Options::node`].
+    pub fn set_node_addresses(&mut self, addresses: Vec<std::net::IpAddr>) {
+        if let Some(node) = &mut self.options.node {
+            node.addresses = addresses;
+        }
     }
 
     /// The desired state for `store`. Never fails: what is wrong with an object
@@ -191,9 +205,20 @@ impl Translator {
         let zones_changed = changes(&old.nodes, &self.store.nodes).any(|(_, old, new)| {
             old.and_then(|old| old.zone.as_ref()) != new.and_then(|new| new.zone.as_ref())
         });
-        if zones_changed {
+        if self.own_node_changed(old) || zones_changed {
             dirty.services.extend(self.store.services.keys().cloned());
         }
+    }
+
+    /// Its zone decides about topology, its addresses about source ranges.
+    fn own_node_changed(&mut self, old: &Store) -> bool {
+        let Some(options) = &self.options.node else { return false };
+        let made = service::node(options, &self.store);
+        let moved = *self.desired.services.node != made;
+        if moved {
+            self.desired.services.node = Arc::new(made);
+        }
+        moved || service::own_node(options, old) != service::own_node(options, &self.store)
     }
 
     fn read_secrets(&mut self, old: &Store, dirty: &mut Dirty) {
@@ -288,7 +313,18 @@ impl Translator {
         for key in &dirty.services {
             self.pools.make(key, &self.store, &self.endpoints, &mut self.desired);
         }
-        self.pools.settle(&mut self.desired.services);
+        let mut told = BTreeSet::new();
+        if let Some(options) = &self.options.node {
+            for key in &dirty.services {
+                self.services.make(key, options, &self.store, &self.endpoints);
+            }
+            told = self.services.settle(&dirty.services, &mut self.desired.services);
+        }
+        for key in dirty.services.union(&told) {
+            let mut notices = self.pools.notices(key);
+            notices.extend(self.services.notices(key));
+            set_status(&mut self.desired, key.reference(Kind::Service), notices, false);
+        }
     }
 
     fn make_certificates(&mut self, dirty: &mut Dirty) {

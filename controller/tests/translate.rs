@@ -12,7 +12,10 @@ use std::path::{Path, PathBuf};
 
 use lockgate_controller::objects::{Parsed, parse};
 use lockgate_controller::store::{Key, Store};
-use lockgate_controller::translate::{Desired, HeaderOptions, Options, StreamOptions, translate};
+use lockgate_controller::translate::{
+    Desired, HeaderOptions, NodeOptions, Options, StreamOptions, translate,
+};
+use lockgate_ebpf::ServiceTable;
 use lockgate_proxy::Certificate;
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +37,7 @@ struct Output {
     certificates: BTreeMap<String, Vec<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     default_certificate: Option<String>,
+    #[serde(skip_serializing_if = "serde_yaml::Value::is_null")]
     services: serde_yaml::Value,
     statuses: BTreeMap<String, Vec<String>>,
 }
@@ -93,6 +97,15 @@ fn options(file: &Path) -> Options {
         proxy_set_headers: Option<String>,
         add_headers: Option<String>,
         allowed_response_headers: Vec<String>,
+        node: Option<NodeFile>,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(deny_unknown_fields, default)]
+    struct NodeFile {
+        name: String,
+        cluster_networks: Vec<ipnet::IpNet>,
+        service_networks: Vec<ipnet::IpNet>,
+        external_ips: bool,
     }
     let file: File = match fs::read_to_string(file) {
         Ok(text) => serde_yaml::from_str(&text).unwrap(),
@@ -111,6 +124,13 @@ fn options(file: &Path) -> Options {
         ingress_class: file.ingress_class,
         require_class: file.require_class,
         streams,
+        node: file.node.map(|node| NodeOptions {
+            name: node.name.into(),
+            cluster_networks: node.cluster_networks,
+            service_networks: node.service_networks,
+            external_ips: node.external_ips,
+            ..NodeOptions::default()
+        }),
         headers: HeaderOptions {
             proxy_set_headers: key(file.proxy_set_headers),
             add_headers: key(file.add_headers),
@@ -182,7 +202,10 @@ fn output(documents: Vec<String>, desired: &Desired) -> Output {
             .map(|(host, all)| (host.as_str().to_owned(), all.iter().map(|one| shown(one)).collect()))
             .collect(),
         default_certificate: routes.default_certificate.as_deref().map(shown),
-        services: serde_yaml::to_value(&desired.services).unwrap(),
+        services: match desired.services == ServiceTable::default() {
+            true => serde_yaml::Value::Null,
+            false => serde_yaml::to_value(&desired.services).unwrap(),
+        },
         statuses: desired
             .statuses
             .iter()

@@ -7,12 +7,16 @@ use std::sync::Arc;
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery, networking::v1 as networking};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use k8s_openapi::jiff::Timestamp;
 
 use super::parse::Name;
 use super::*;
 
+mod exposure;
+
 const ZONE: &str = "topology.kubernetes.io/zone";
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const DEFAULT_CLASS: &str = "ingressclass.kubernetes.io/is-default-class";
 
 fn meta((namespace, name): Name, meta: &ObjectMeta) -> Meta {
@@ -132,7 +136,8 @@ fn address(text: &str, field: impl FnOnce() -> String, notices: &mut Vec<Notice>
 }
 
 pub(super) fn service(name: Name, object: core::Service, notices: &mut Vec<Notice>) -> Service {
-    let spec = object.spec.unwrap_or_default();
+    let mut spec = object.spec.unwrap_or_default();
+    let exposure = exposure::read(&object.metadata, &mut spec, object.status, notices);
     let mut ips = spec.cluster_ips.unwrap_or_default();
     if let Some(ip) = spec.cluster_ip
         && ips.is_empty()
@@ -157,7 +162,12 @@ pub(super) fn service(name: Name, object: core::Service, notices: &mut Vec<Notic
         };
         if let (Some(port), Some(protocol), Some(target)) = (number, protocol, target) {
             let name = entry.name.unwrap_or_default().into();
-            ports.push(ServicePort { name, port, target, protocol, app_protocol: text(entry.app_protocol) });
+            let node_port = match entry.node_port {
+                None | Some(0) => None,
+                Some(number) => self::port(number, || field("nodePort"), notices),
+            };
+            let app_protocol = text(entry.app_protocol);
+            ports.push(ServicePort { name, port, target, protocol, app_protocol, node_port });
         }
     }
     let mut annotations = labels(object.metadata.annotations.clone());
@@ -166,6 +176,7 @@ pub(super) fn service(name: Name, object: core::Service, notices: &mut Vec<Notic
         meta: meta(name, &object.metadata),
         uid: text(object.metadata.uid.clone()),
         annotations,
+        exposure,
         prefers_zone: prefers_zone(spec.traffic_distribution.as_deref(), notices),
         kind: match spec.type_.as_deref() {
             Some("ExternalName") => ServiceKind::ExternalName,
@@ -225,9 +236,11 @@ pub(super) fn slice(
         ));
     }
     let endpoints = object.endpoints.into_iter().enumerate().filter(|_| is_ip);
+    let triggered = label(&object.metadata.annotations, TRIGGER_TIME);
     EndpointSlice {
         meta: meta(name, &object.metadata),
         service,
+        triggered: triggered.and_then(|time| Some(time.parse::<Timestamp>().ok()?.as_microsecond())),
         ports,
         endpoints: endpoints.filter_map(|(index, entry)| slice_endpoint(index, entry, notices)).collect(),
     }
@@ -241,20 +254,21 @@ fn slice_endpoint(
     let first = entry.addresses.first()?;
     let address = address(first, || format!(".endpoints[{index}].addresses[0]"), notices)?;
     let conditions = entry.conditions.unwrap_or_default();
-    let ready = conditions.ready.unwrap_or(true);
+    let hints = entry.hints.unwrap_or_default();
     Some(SliceEndpoint {
         address,
-        ready,
-        serving: conditions.serving.unwrap_or(ready),
+        ready: conditions.ready.unwrap_or(true),
+        serving: conditions.serving.unwrap_or(true),
         terminating: conditions.terminating.unwrap_or(false),
         zone: text(entry.zone),
-        for_zone: entry
-            .hints
-            .and_then(|hints| hints.for_zones)
-            .and_then(|zones| zones.into_iter().next())
-            .and_then(|zone| text(Some(zone.name))),
+        for_zones: names(hints.for_zones.into_iter().flatten().map(|zone| zone.name)),
+        for_nodes: names(hints.for_nodes.into_iter().flatten().map(|node| node.name)),
         node: text(entry.node_name),
     })
+}
+
+fn names(names: impl Iterator<Item = String>) -> Vec<Arc<str>> {
+    names.filter_map(|name| text(Some(name))).collect()
 }
 
 pub(super) fn pod(name: Name, object: core::Pod, notices: &mut Vec<Notice>) -> Pod {
@@ -316,6 +330,27 @@ pub(super) fn config_map(name: Name, object: core::ConfigMap) -> ConfigMap {
     ConfigMap { meta: meta(name, &object.metadata), data: labels(object.data) }
 }
 
-pub(super) fn node(name: Name, object: core::Node) -> Node {
-    Node { zone: label(&object.metadata.labels, ZONE), meta: meta(name, &object.metadata) }
+pub(super) fn node(name: Name, object: core::Node, notices: &mut Vec<Notice>) -> Node {
+    let spec = object.spec.unwrap_or_default();
+    let reported = object.status.and_then(|status| status.addresses).unwrap_or_default();
+    let mut addresses = Vec::new();
+    for wanted in ["InternalIP", "ExternalIP"] {
+        for (index, entry) in reported.iter().enumerate().filter(|(_, entry)| entry.type_ == wanted) {
+            let field = || format!(".status.addresses[{index}].address");
+            addresses.extend(address(&entry.address, field, notices));
+        }
+    }
+    let mut networks = spec.pod_cidrs.unwrap_or_default();
+    if networks.is_empty() {
+        networks.extend(spec.pod_cidr);
+    }
+    let taints = spec.taints.unwrap_or_default();
+    Node {
+        zone: label(&object.metadata.labels, ZONE),
+        addresses,
+        pod_networks: networks.iter().filter_map(|network| network.parse().ok()).collect(),
+        leaving: object.metadata.deletion_timestamp.is_some()
+            || taints.iter().any(|taint| taint.key == "ToBeDeletedByClusterAutoscaler"),
+        meta: meta(name, &object.metadata),
+    }
 }

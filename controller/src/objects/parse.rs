@@ -180,8 +180,8 @@ fn typed(
             Object::Secret(convert::secret(name, read(mapping, notices).map_err(without_contents)?))
         }
         Kind::Node => {
-            keep(&mut mapping, &["apiVersion", "kind", "metadata"]);
-            Object::Node(convert::node(name, read(mapping, notices)?))
+            prune_node(&mut mapping);
+            Object::Node(convert::node(name, read(mapping, notices)?, notices))
         }
         Kind::ConfigMap => {
             keep(&mut mapping, &["apiVersion", "kind", "metadata", "data"]);
@@ -323,6 +323,17 @@ fn spell_out_keys(mapping: &mut Mapping) {
         key => (key, value),
     };
     *data = std::mem::take(data).into_iter().map(spelt).collect();
+}
+
+/// Leaves what [`convert::node`] reads; the rest of a Node is long.
+fn prune_node(mapping: &mut Mapping) {
+    keep(mapping, &["apiVersion", "kind", "metadata", "spec", "status"]);
+    if let Some(Value::Mapping(spec)) = mapping.get_mut("spec") {
+        keep(spec, &["podCIDR", "podCIDRs", "taints"]);
+    }
+    if let Some(Value::Mapping(status)) = mapping.get_mut("status") {
+        keep(status, &["addresses"]);
+    }
 }
 
 /// Leaves what [`convert::pod`] reads: a mistake elsewhere in a Pod is not

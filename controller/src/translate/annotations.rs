@@ -341,7 +341,7 @@ pub(super) fn unknown_own(key: &str) -> Notice {
 
 /// Whether a Service may have it, too.
 pub(super) fn is_of_service(key: &str) -> bool {
-    OF_SERVICE.contains(&key)
+    OF_SERVICE.contains(&key) || key == super::service::ALGORITHM
 }
 
 /// Directives that add, hide or log, and can refuse no request.

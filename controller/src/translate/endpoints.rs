@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use super::service::categorize::{Candidate, anywhere};
 use crate::objects::{EndpointSlice, Labels, Pod, Service, ServiceKind, ServicePort, SlicePort, TargetPort};
 use crate::store::{Key, Store};
 
@@ -59,6 +60,20 @@ impl Index {
         self.slices.is_empty() && self.pods.is_empty() && self.services.is_empty()
     }
 
+    /// An index of what one Service needs.
+    pub(super) fn of_service(service: &Service, store: &Store) -> Index {
+        let mut index = Index::default();
+        let own = store.slices.values().filter(|slice| slice.meta.namespace == service.meta.namespace);
+        for slice in own.filter(|slice| slice.service.as_ref() == Some(&service.meta.name)) {
+            index.slice(slice, true);
+        }
+        index.service(service, true);
+        for pod in store.pods.values().filter(|pod| selects(service, pod)) {
+            index.pod(pod, true, store);
+        }
+        index
+    }
+
     /// Returns the Service whose endpoints changed.
     pub(super) fn slice(&mut self, slice: &EndpointSlice, present: bool) -> Option<Key> {
         let service = Key::new(slice.meta.namespace.clone(), slice.service.clone()?);
@@ -88,42 +103,55 @@ impl Index {
         !service.selector.is_empty() && !self.slices.contains_key(&Key::from(&service.meta))
     }
 
-    /// The endpoints of `port`. An `ExternalName` Service has none.
+    /// The endpoints of `port` for the gateway. An `ExternalName` Service has none.
     pub(super) fn select(&self, store: &Store, service: &Service, port: &ServicePort) -> Selected {
-        if service.kind == ServiceKind::ExternalName {
-            return Selected::default();
-        }
-        let mut candidates = Candidates { store, ready: BTreeMap::new(), serving: BTreeMap::new() };
-        let app_protocol = if self.uses_pods(service) {
-            self.add_pods(service, port, &mut candidates);
-            None
-        } else {
-            self.add_slices(service, port, &mut candidates)
-        };
-        let (endpoints, hinted) = candidates.chosen();
+        let mut candidates = Vec::new();
+        let app_protocol = self.candidates(store, service, port, &mut |candidate| candidates.push(candidate));
+        let (endpoints, hinted) = chosen(store, &candidates);
         Selected { endpoints, app_protocol, hinted }
     }
 
-    fn add_slices(
+    /// Gives `each` endpoint of `port` that slices or Pods show, whatever its
+    /// conditions. Returns the protocol of the first slice that has the port.
+    pub(super) fn candidates<'a>(
         &self,
+        store: &'a Store,
         service: &Service,
         port: &ServicePort,
-        candidates: &mut Candidates<'_>,
+        each: &mut dyn FnMut(Candidate<'a>),
+    ) -> Option<Arc<str>> {
+        if service.kind == ServiceKind::ExternalName {
+            return None;
+        }
+        if self.uses_pods(service) {
+            self.add_pods(store, service, port, each);
+            return None;
+        }
+        self.add_slices(store, service, port, each)
+    }
+
+    fn add_slices<'a>(
+        &self,
+        store: &'a Store,
+        service: &Service,
+        port: &ServicePort,
+        each: &mut dyn FnMut(Candidate<'a>),
     ) -> Option<Arc<str>> {
         let mut app_protocol = None;
         let keys = self.slices.get(&Key::from(&service.meta)).into_iter().flatten();
-        for slice in keys.filter_map(|key| candidates.store.slices.get(key)) {
+        for slice in keys.filter_map(|key| store.slices.get(key)) {
             let named = |entry: &&SlicePort| entry.name == port.name && entry.protocol == port.protocol;
             let Some(entry) = slice.ports.iter().find(named) else { continue };
             app_protocol = app_protocol.or_else(|| entry.app_protocol.clone());
             for endpoint in &slice.endpoints {
-                candidates.add(Candidate {
+                each(Candidate {
                     address: SocketAddr::new(endpoint.address, entry.port),
                     ready: endpoint.ready,
                     serving: endpoint.serving,
                     terminating: endpoint.terminating,
                     zone: endpoint.zone.as_ref(),
-                    for_zone: endpoint.for_zone.as_ref(),
+                    for_zones: &endpoint.for_zones,
+                    for_nodes: &endpoint.for_nodes,
                     node: endpoint.node.as_ref(),
                 });
             }
@@ -131,24 +159,30 @@ impl Index {
         app_protocol
     }
 
-    fn add_pods(&self, service: &Service, port: &ServicePort, candidates: &mut Candidates<'_>) {
+    fn add_pods<'a>(
+        &self,
+        store: &'a Store,
+        service: &Service,
+        port: &ServicePort,
+        each: &mut dyn FnMut(Candidate<'a>),
+    ) {
         // The rarest label of the selector leaves the fewest Pods to look at.
         let sets = labels_of(&service.meta.namespace, &service.selector).map(|label| self.pods.get(&label));
         let Some(rarest) = sets.min_by_key(|set| set.map_or(0, BTreeSet::len)).flatten() else { return };
-        let store = candidates.store;
         for pod in rarest.iter().filter_map(|key| store.pods.get(key)).filter(|pod| selects(service, pod)) {
             let Some(number) = target_port(port, pod) else { continue };
             // A Pod as written in a file has no phase and no conditions.
             let running = matches!(&*pod.phase, "Running" | "");
             let serving = running && pod.ready.unwrap_or(true);
             for address in addresses(service, pod) {
-                candidates.add(Candidate {
+                each(Candidate {
                     address: SocketAddr::new(address, number),
                     ready: running && service.publish_not_ready || serving && !pod.terminating,
                     serving,
                     terminating: pod.terminating,
                     zone: None,
-                    for_zone: None,
+                    for_zones: &[],
+                    for_nodes: &[],
                     node: pod.node.as_ref(),
                 });
             }
@@ -156,57 +190,15 @@ impl Index {
     }
 }
 
-struct Candidate<'a> {
-    address: SocketAddr,
-    ready: bool,
-    serving: bool,
-    terminating: bool,
-    zone: Option<&'a Arc<str>>,
-    for_zone: Option<&'a Arc<str>>,
-    node: Option<&'a Arc<str>>,
-}
-
-/// kube-proxy's `CategorizeEndpoints`: ready endpoints; if there is none, those
-/// that still serve while they terminate.
-struct Candidates<'a> {
-    store: &'a Store,
-    ready: BTreeMap<SocketAddr, Placed>,
-    serving: BTreeMap<SocketAddr, Placed>,
-}
-
-/// Where an endpoint is, and whose traffic is meant for it.
-#[derive(Default)]
-struct Placed {
-    zone: Option<Arc<str>>,
-    for_zone: Option<Arc<str>>,
-}
-
-impl Candidates<'_> {
-    fn add(&mut self, candidate: Candidate<'_>) {
-        let chosen = if candidate.ready {
-            &mut self.ready
-        } else if candidate.serving && candidate.terminating {
-            &mut self.serving
-        } else {
-            return;
-        };
-        let node = || self.store.nodes.get(&Key::new("", candidate.node?.clone()))?.zone.clone();
-        let zone = candidate.zone.cloned().or_else(node);
-        // An address in two slices is one endpoint; it keeps the first zone that is known.
-        let known = chosen.entry(candidate.address).or_default();
-        known.zone = known.zone.take().or(zone);
-        known.for_zone = known.for_zone.take().or_else(|| candidate.for_zone.cloned());
-    }
-
-    /// The endpoints with their zones, and whether these are those of hints:
-    /// one ready endpoint without a hint, and none counts.
-    fn chosen(self) -> (BTreeMap<SocketAddr, Option<Arc<str>>>, bool) {
-        let is_ready = !self.ready.is_empty();
-        let chosen = if is_ready { self.ready } else { self.serving };
-        let hinted = is_ready && chosen.values().all(|placed| placed.for_zone.is_some());
-        let zone = |placed: Placed| if hinted { placed.for_zone } else { placed.zone };
-        (chosen.into_iter().map(|(address, placed)| (address, zone(placed))).collect(), hinted)
-    }
+/// Those for new traffic with their zones, and whether these are those of hints.
+fn chosen(store: &Store, candidates: &[Candidate<'_>]) -> (BTreeMap<SocketAddr, Option<Arc<str>>>, bool) {
+    let (usable, hinted) = anywhere(candidates);
+    let of_node = |node: &Arc<str>| store.nodes.get(&Key::new("", node.clone()))?.zone.clone();
+    let zone = |one: &Candidate<'_>| match hinted {
+        true => one.for_zones.first().cloned(),
+        false => one.zone.cloned().or_else(|| of_node(one.node?)),
+    };
+    (usable.iter().map(|one| (one.address, zone(one))).collect(), hinted)
 }
 
 fn selects(service: &Service, pod: &Pod) -> bool {

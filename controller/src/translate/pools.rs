@@ -3,8 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use lockgate_ebpf::ServiceTable;
-use lockgate_ebpf::table as ebpf;
 use lockgate_proxy::table::{Balance, Endpoint, HostPattern, NamingKey, Pool, PoolKey, UpstreamProtocol};
 
 use super::endpoints::{Index, Selected, toggle};
@@ -12,11 +10,11 @@ use super::host::{PoolId, Wanted};
 use super::plan::Age;
 use super::streams::{self, Streams};
 use super::wish::Wish;
-use super::{Desired, Options, put, set_status};
-use crate::objects::{Kind, Notice, PortRef, Protocol, Service, ServicePort};
+use super::{Desired, Options, put};
+use crate::objects::{Notice, PortRef, Protocol, Service, ServicePort};
 use crate::store::{Key, Store};
 
-/// Which pools are wanted, and which table entries each Service has.
+/// Which pools are wanted of each Service.
 #[derive(Default)]
 pub(super) struct Pools {
     /// Where nobody wishes otherwise.
@@ -24,11 +22,8 @@ pub(super) struct Pools {
     /// By Service.
     wanted: HashMap<Key, BTreeMap<PoolId, Users>>,
     made: HashMap<Key, BTreeSet<PoolKey>>,
-    /// Entries of each Service.
-    entries: HashMap<Key, BTreeMap<ebpf::ServiceKey, Arc<ebpf::Service>>>,
-    /// Two Services may claim one address by mistake; the first by name has it.
-    claims: HashMap<ebpf::ServiceKey, BTreeSet<Key>>,
-    unsettled: BTreeSet<ebpf::ServiceKey>,
+    /// What to tell the authors of Services; without those that need not be told anything.
+    notices: HashMap<Key, Vec<Notice>>,
     /// Wanted by L4 listeners, by Service.
     streams: HashMap<Key, BTreeSet<PoolId>>,
 }
@@ -50,11 +45,7 @@ impl Pools {
 
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
-        self.wanted.is_empty()
-            && self.made.is_empty()
-            && self.entries.is_empty()
-            && self.claims.is_empty()
-            && self.streams.is_empty()
+        self.wanted.is_empty() && self.made.is_empty() && self.notices.is_empty() && self.streams.is_empty()
     }
 
     /// Host `host` now names `new` instead of `old`. Adds to `services` those
@@ -107,7 +98,7 @@ impl Pools {
         }
     }
 
-    /// Makes the pools, table entries and status of one Service.
+    /// Makes the pools and notices of one Service.
     pub(super) fn make(&mut self, key: &Key, store: &Store, index: &Index, desired: &mut Desired) {
         let service = store.services.get(key).map(|service| &**service);
         let selected: Vec<Selected> = service
@@ -159,51 +150,16 @@ impl Pools {
         if !made.is_empty() {
             self.made.insert(key.clone(), made);
         }
-        self.make_entries(key, service, &selected);
         notices.extend(service.map(|service| empty_ports(service, index, &without)).unwrap_or_default());
-        set_status(desired, key.reference(Kind::Service), notices, false);
-    }
-
-    fn make_entries(&mut self, key: &Key, service: Option<&Service>, selected: &[Selected]) {
-        let mut entries = BTreeMap::new();
-        let addresses = service.map(|service| service.addresses.as_slice()).unwrap_or_default();
-        let ports = || service.into_iter().flat_map(|service| &service.ports).zip(selected);
-        for address in addresses {
-            for (port, selected) in ports() {
-                let family = selected.endpoints.keys().filter(|end| end.is_ipv4() == address.is_ipv4());
-                let service = ebpf::Service {
-                    name: format!("{key}:{}", port.port).into(),
-                    endpoints: family.copied().collect(),
-                };
-                let protocol = protocol(port.protocol);
-                let entry = ebpf::ServiceKey { address: *address, port: port.port, protocol };
-                entries.entry(entry).or_insert_with(|| Arc::new(service));
-            }
-        }
-        let before = self.entries.remove(key).unwrap_or_default();
-        for entry in before.keys() {
-            toggle(&mut self.claims, *entry, key.clone(), false);
-        }
-        for entry in entries.keys() {
-            toggle(&mut self.claims, *entry, key.clone(), true);
-        }
-        self.unsettled.extend(before.keys().chain(entries.keys()));
-        if !entries.is_empty() {
-            self.entries.insert(key.clone(), entries);
+        match notices.is_empty() {
+            true => drop(self.notices.remove(key)),
+            false => drop(self.notices.insert(key.clone(), notices)),
         }
     }
 
-    /// Writes what [`Pools::make`] changed into the table.
-    pub(super) fn settle(&mut self, table: &mut ServiceTable) {
-        for entry in std::mem::take(&mut self.unsettled) {
-            let owner = self.claims.get(&entry).and_then(BTreeSet::first);
-            let service = owner.and_then(|owner| self.entries.get(owner)?.get(&entry));
-            match service {
-                None => drop(table.services.remove(&entry)),
-                Some(service) if table.services.get(&entry) == Some(service) => {}
-                Some(service) => drop(table.services.insert(entry, service.clone())),
-            }
-        }
+    /// What to tell the author of the Service `key`.
+    pub(super) fn notices(&self, key: &Key) -> Vec<Notice> {
+        self.notices.get(key).cloned().unwrap_or_default()
     }
 }
 
@@ -259,14 +215,6 @@ fn upstream_protocol(app_protocol: Option<&str>) -> UpstreamProtocol {
         Some("kubernetes.io/h2c" | "grpc") => UpstreamProtocol::H2c,
         Some("https" | "kubernetes.io/wss") => UpstreamProtocol::Https,
         _ => UpstreamProtocol::Http1,
-    }
-}
-
-fn protocol(protocol: Protocol) -> ebpf::Protocol {
-    match protocol {
-        Protocol::Tcp => ebpf::Protocol::Tcp,
-        Protocol::Udp => ebpf::Protocol::Udp,
-        Protocol::Sctp => ebpf::Protocol::Sctp,
     }
 }
 

@@ -130,12 +130,28 @@ fn service_port(rng: &mut Rng) -> ServicePort {
         },
         protocol: if rng.u8(..6) == 0 { Protocol::Udp } else { Protocol::Tcp },
         app_protocol: maybe(rng, 0.2, |rng| pick(rng, &["https", "grpc"]).into()),
+        node_port: maybe(rng, 0.5, |rng| rng.u16(30000..30002)),
     }
 }
 
 fn labels_of_service(rng: &mut Rng) -> Labels {
     let slow = maybe(rng, 0.3, |rng| pick(rng, &["10s", "soon"]).into());
     slow.into_iter().map(|value| ("lockgate.io/slow-start".into(), value)).collect()
+}
+
+fn exposure(rng: &mut Rng) -> Exposure {
+    Exposure {
+        via: [Via::ClusterIp, Via::NodePort, Via::LoadBalancer][rng.usize(..3)],
+        headless: rng.u8(..8) == 0,
+        load_balancer_ips: many(rng, 2, |rng| [10, 97, 0, rng.u8(..2)].into()),
+        source_ranges: maybe(rng, 0.3, |rng| many(rng, 1, |_| "192.168.0.0/16".parse().unwrap())),
+        internal_local: rng.u8(..4) == 0,
+        external_local: rng.u8(..3) == 0,
+        health_check_port: maybe(rng, 0.5, |rng| rng.u16(32000..32002)),
+        affinity: maybe(rng, 0.2, |rng| rng.u32(1..3)),
+        proxy_name: maybe(rng, 0.1, |_| "other".into()),
+        external_ips: many(rng, 1, |rng| [10, 98, 0, rng.u8(..2)].into()),
+    }
 }
 
 fn service(rng: &mut Rng) -> Object {
@@ -149,6 +165,7 @@ fn service(rng: &mut Rng) -> Object {
         uid: maybe(rng, 0.5, |rng| pick(rng, &["u1", "u2"]).into()),
         annotations: labels_of_service(rng),
         prefers_zone: rng.bool(),
+        exposure: exposure(rng),
     })
 }
 
@@ -168,9 +185,11 @@ fn slice(rng: &mut Rng) -> Object {
             serving: rng.bool(),
             terminating: rng.bool(),
             zone: maybe(rng, 0.2, |_| "east".into()),
-            for_zone: maybe(rng, 0.7, |_| "west".into()),
+            for_zones: maybe(rng, 0.7, |_| "west".into()).into_iter().collect(),
+            for_nodes: maybe(rng, 0.5, |rng| pick(rng, &NAMES).into()).into_iter().collect(),
             node: maybe(rng, 0.5, |rng| pick(rng, &NAMES).into()),
         }),
+        triggered: None,
     })
 }
 
@@ -238,6 +257,8 @@ fn object(rng: &mut Rng) -> Object {
         _ => Object::Node(Node {
             meta: cluster_scoped(meta(rng)),
             zone: maybe(rng, 0.7, |rng| pick(rng, &["west", "north"]).into()),
+            addresses: many(rng, 2, |rng| [192, 168, 0, rng.u8(..2)].into()),
+            ..Node::default()
         }),
     }
 }
@@ -261,11 +282,20 @@ fn options(rng: &mut Rng) -> Options {
             }),
         },
         load_balance: Balance::default(),
+        node: maybe(rng, 0.7, |rng| NodeOptions {
+            name: "one".into(),
+            external_ips: rng.bool(),
+            ..NodeOptions::default()
+        }),
     }
 }
 
 /// What holds for every table, whatever the objects.
 fn check_invariants(desired: &Desired, store: &Store) {
+    let services = &desired.services;
+    for (frontend, target) in &services.frontends {
+        assert!(services.services.contains_key(&target.service), "{frontend} leads nowhere");
+    }
     let mut named = BTreeSet::new();
     for host in desired.routes.hosts.values() {
         let paths: BTreeSet<_> = host.rules.iter().map(|rule| &rule.path).collect();
@@ -323,7 +353,8 @@ fn any_sequence_of_edits_ends_where_a_fresh_start_does() {
         let nothing_stayed = translator.hosts.is_empty()
             && translator.pools.is_empty()
             && translator.ingresses.is_empty()
-            && translator.endpoints.is_empty();
+            && translator.endpoints.is_empty()
+            && translator.services.is_empty();
         assert!(nothing_stayed, "seed {seed}: something stayed behind");
     }
 }
