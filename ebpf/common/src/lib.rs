@@ -370,7 +370,7 @@ pub struct ReverseWay {
     pub generation: u32,
     /// [`endpoint::CLUSTER`] or [`endpoint::LOCAL`]: the set it was chosen from.
     pub set: u8,
-    /// One of [`protocol`].
+    /// One of [`protocol`]; 0: what comes from the endpoint is shown as it is.
     pub protocol: u8,
     /// [`Service::generation`]; host byte order.
     pub service_generation: u16,
