@@ -1,11 +1,8 @@
 //! Every flag and environment variable.
 
 use std::ffi::OsString;
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::str::FromStr;
-use std::time::Duration;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
@@ -14,16 +11,24 @@ use crate::source::FolderOptions;
 use crate::store::Key;
 use crate::translate::{Options, StreamOptions};
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
-use lockgate_proxy::config::{Config, Drain, L4Options, Limits, ProxyProtocol, Timeouts};
+use lockgate_proxy::config::{Config, Drain, L4Options, ProxyProtocol};
 use lockgate_proxy::table::Balance;
 
 mod explain;
+mod limits;
 mod node;
 mod resilience;
+mod timeouts;
+mod values;
 
 pub use explain::ExplainArgs;
+pub use limits::LimitArgs;
 pub use node::{NodeArgs, NodeSettings, ViewArgs};
 pub use resilience::ResilienceArgs;
+pub use timeouts::TimeoutArgs;
+pub use values::{Size, Span};
+
+use values::{parse_balance, parse_key, parse_network};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -293,95 +298,6 @@ pub struct StopArgs {
     pub upgrade_drain_timeout: Span,
 }
 
-/// Sizes and counts.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Limits")]
-pub struct LimitArgs {
-    /// Largest request body, answered 413 beyond; 0 is no limit. Ingresses may set their own
-    #[arg(long, value_name = "SIZE", default_value = "0", env = "LOCKGATE_MAX_BODY_SIZE")]
-    pub max_body_size: Size,
-    /// Largest request line and headers together, answered 431 beyond
-    #[arg(long, value_name = "SIZE", default_value = "32KiB", env = "LOCKGATE_MAX_HEADER_SIZE")]
-    pub max_header_size: Size,
-    /// Most header fields of a request, answered 431 beyond; at most 128
-    #[arg(long, value_name = "N", default_value_t = 100, env = "LOCKGATE_MAX_HEADERS", value_parser = clap::value_parser!(u16).range(1..=128))]
-    pub max_headers: u16,
-    /// Longest request target (path and query), answered 414 beyond
-    #[arg(long, value_name = "SIZE", default_value = "8KiB", env = "LOCKGATE_MAX_URI_SIZE")]
-    pub max_uri_size: Size,
-    /// Most client connections per worker; further ones wait
-    #[arg(long, value_name = "N", default_value_t = 16_384, env = "LOCKGATE_MAX_CONNECTIONS", value_parser = clap::value_parser!(u32).range(1..))]
-    pub max_connections: u32,
-    /// Most connections of one client address (IPv6: /64) over all workers, further ones are closed;
-    /// 0 is no limit
-    #[arg(long, value_name = "N", default_value_t = 0, env = "LOCKGATE_MAX_CONNECTIONS_PER_ADDRESS", value_parser = clap::value_parser!(u32).range(..=65_535))]
-    pub max_connections_per_address: u32,
-    /// Answer to a client beyond an Ingress's limit-rps or limit-rpm
-    #[arg(long, value_name = "STATUS", default_value_t = 503, env = "LOCKGATE_LIMIT_REQ_STATUS_CODE", value_parser = clap::value_parser!(u16).range(400..=599))]
-    pub limit_req_status_code: u16,
-    /// Answer to a client beyond an Ingress's limit-connections
-    #[arg(long, value_name = "STATUS", default_value_t = 503, env = "LOCKGATE_LIMIT_CONN_STATUS_CODE", value_parser = clap::value_parser!(u16).range(400..=599))]
-    pub limit_conn_status_code: u16,
-    /// Most concurrent streams of one HTTP/2 connection
-    #[arg(long, value_name = "N", default_value_t = 128, env = "LOCKGATE_MAX_STREAMS", value_parser = clap::value_parser!(u32).range(1..))]
-    pub max_streams: u32,
-    /// Streams an HTTP/2 client may reset; hung up on beyond, if they are most of its streams
-    #[arg(long, value_name = "N", default_value_t = 500, env = "LOCKGATE_MAX_STREAM_RESETS")]
-    pub max_stream_resets: u32,
-    /// Frames without content (PING, SETTINGS, ...) an HTTP/2 client may send for nothing; hung up on beyond
-    #[arg(long, value_name = "N", default_value_t = 1_000, env = "LOCKGATE_MAX_CONTROL_FRAMES", value_parser = clap::value_parser!(u32).range(16..))]
-    pub max_control_frames: u32,
-    /// Most endpoints tried for one request
-    #[arg(long, alias = "proxy-next-upstream-tries", value_name = "N", default_value_t = 3, env = "LOCKGATE_MAX_TRIES", value_parser = clap::value_parser!(u32).range(1..=16))]
-    pub max_tries: u32,
-    /// Most clients of one UDP port and worker at a time; the one silent longest makes room
-    #[arg(long, value_name = "N", default_value_t = 4096, env = "LOCKGATE_MAX_UDP_FLOWS", value_parser = clap::value_parser!(u32).range(1..))]
-    pub max_udp_flows: u32,
-    /// Datagrams a UDP client expects in answer to each of its own: with them its session is over.
-    /// 0: nobody knows, and a session ends when it is idle
-    #[arg(long, value_name = "N", default_value_t = 1, env = "LOCKGATE_PROXY_STREAM_RESPONSES")]
-    pub proxy_stream_responses: u32,
-    /// Most idle connections kept per endpoint and worker
-    #[arg(long, value_name = "N", default_value_t = 256, env = "LOCKGATE_MAX_IDLE_UPSTREAM")]
-    pub max_idle_upstream: usize,
-}
-
-/// Deadlines.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Timeouts")]
-pub struct TimeoutArgs {
-    /// From the first byte of a request to the end of its headers: 408
-    #[arg(long, value_name = "DURATION", default_value = "15s", env = "LOCKGATE_HEADER_TIMEOUT")]
-    pub header_timeout: Span,
-    /// An idle client connection between two requests is closed
-    #[arg(long, value_name = "DURATION", default_value = "75s", env = "LOCKGATE_KEEP_ALIVE_TIMEOUT")]
-    pub keep_alive_timeout: Span,
-    /// Between two reads of a request body, and two writes to a client
-    #[arg(long, value_name = "DURATION", default_value = "60s", env = "LOCKGATE_CLIENT_TIMEOUT")]
-    pub client_timeout: Span,
-    /// A TLS handshake with a client
-    #[arg(long, value_name = "DURATION", default_value = "10s", env = "LOCKGATE_HANDSHAKE_TIMEOUT")]
-    pub handshake_timeout: Span,
-    /// Connecting to an endpoint: the next one is tried, then 504
-    #[arg(long, value_name = "DURATION", default_value = "5s", env = "LOCKGATE_PROXY_CONNECT_TIMEOUT")]
-    pub proxy_connect_timeout: Span,
-    /// Between two writes to an endpoint: 504
-    #[arg(long, value_name = "DURATION", default_value = "60s", env = "LOCKGATE_PROXY_SEND_TIMEOUT")]
-    pub proxy_send_timeout: Span,
-    /// Between two reads from an endpoint: 504
-    #[arg(long, value_name = "DURATION", default_value = "60s", env = "LOCKGATE_PROXY_READ_TIMEOUT")]
-    pub proxy_read_timeout: Span,
-    /// An idle connection to an endpoint is closed
-    #[arg(long, value_name = "DURATION", default_value = "60s", env = "LOCKGATE_IDLE_UPSTREAM_TIMEOUT")]
-    pub idle_upstream_timeout: Span,
-    /// A relayed TCP connection or UDP session on which nobody speaks is closed
-    #[arg(long, value_name = "DURATION", default_value = "10m", env = "LOCKGATE_PROXY_STREAM_TIMEOUT")]
-    pub proxy_stream_timeout: Span,
-    /// A WebSocket or other tunnel on which nobody speaks is closed
-    #[arg(long, value_name = "DURATION", default_value = "1h", env = "LOCKGATE_TUNNEL_TIMEOUT")]
-    pub tunnel_timeout: Span,
-}
-
 impl IngressArgs {
     /// What the proxy needs to know.
     pub fn config(&self) -> Config {
@@ -432,42 +348,6 @@ impl IngressArgs {
     /// How the folder is read and watched.
     pub fn folder(&self) -> FolderOptions {
         FolderOptions { debounce: self.debounce.0, ..self.objects.folder() }
-    }
-}
-
-impl LimitArgs {
-    fn limits(&self) -> Limits {
-        Limits {
-            header_bytes: self.max_header_size.0 as usize,
-            headers: self.max_headers.into(),
-            target_bytes: self.max_uri_size.0 as usize,
-            body_bytes: Some(self.max_body_size.0).filter(|size| *size > 0),
-            connections: self.max_connections as usize,
-            connections_per_address: Some(self.max_connections_per_address).filter(|most| *most > 0),
-            rate_status: self.limit_req_status_code,
-            requests_status: self.limit_conn_status_code,
-            idle_upstream: self.max_idle_upstream,
-            tries: self.max_tries,
-            h2_streams: self.max_streams,
-            h2_resets: self.max_stream_resets,
-            h2_control_frames: self.max_control_frames,
-        }
-    }
-}
-
-impl TimeoutArgs {
-    fn timeouts(&self) -> Timeouts {
-        Timeouts {
-            header: self.header_timeout.0,
-            keep_alive: self.keep_alive_timeout.0,
-            client: self.client_timeout.0,
-            handshake: self.handshake_timeout.0,
-            connect: self.proxy_connect_timeout.0,
-            send: self.proxy_send_timeout.0,
-            read: self.proxy_read_timeout.0,
-            idle_upstream: self.idle_upstream_timeout.0,
-            tunnel: self.tunnel_timeout.0,
-        }
     }
 }
 
@@ -530,89 +410,6 @@ pub enum Output {
     Json,
 }
 
-/// A duration on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span(pub Duration);
-
-fn parse_balance(text: &str) -> Result<Balance, String> {
-    crate::translate::balance(text).ok_or_else(|| "use round_robin, ewma or least_request".to_owned())
-}
-
-impl FromStr for Span {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Span, String> {
-        let (number, unit) = split_unit(text);
-        let number: f64 =
-            number.parse().map_err(|_| "write a number and a unit, as 250ms, 30s, 5m or 1h".to_owned())?;
-        let seconds = match unit {
-            "ms" => number / 1e3,
-            "s" => number,
-            "m" => number * 60.0,
-            "h" => number * 3600.0,
-            "" => return Err(format!("has no unit; write {text}s for seconds")),
-            other => return Err(format!("{other:?} is no unit; use ms, s, m or h")),
-        };
-        Duration::try_from_secs_f64(seconds)
-            .ok()
-            .filter(|span| *span <= Duration::from_secs(30 * 24 * 3600))
-            .map(Span)
-            .ok_or_else(|| "must lie between 0s and 720h".to_owned())
-    }
-}
-
-/// A number of bytes on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Size(pub u64);
-
-impl FromStr for Size {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Size, String> {
-        let (number, unit) = split_unit(text);
-        let number: u64 =
-            number.parse().map_err(|_| "write a number of bytes, as 8192, 64KiB or 32MiB".to_owned())?;
-        let factor: u64 = match unit.to_ascii_lowercase().as_str() {
-            "" | "b" => 1,
-            // nginx counts k, m and g in powers of 1024.
-            "k" | "ki" | "kib" => 1 << 10,
-            "m" | "mi" | "mib" => 1 << 20,
-            "g" | "gi" | "gib" => 1 << 30,
-            _ => return Err(format!("{unit:?} is no unit; use KiB, MiB or GiB")),
-        };
-        number.checked_mul(factor).map(Size).ok_or_else(|| "is too large".to_owned())
-    }
-}
-
-impl fmt::Display for Size {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            bytes if bytes >= 1 << 20 && bytes % (1 << 20) == 0 => write!(f, "{}MiB", bytes >> 20),
-            bytes if bytes >= 1 << 10 && bytes % (1 << 10) == 0 => write!(f, "{}KiB", bytes >> 10),
-            bytes => write!(f, "{bytes}"),
-        }
-    }
-}
-
-fn split_unit(text: &str) -> (&str, &str) {
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    (&text[..end], text[end..].trim())
-}
-
-fn parse_network(text: &str) -> Result<IpNet, String> {
-    let single = || text.parse::<IpAddr>().map(IpNet::from);
-    text.parse().or_else(|_| single()).map_err(|_| "write a network, as 10.0.0.0/8 or fd00::/8".to_owned())
-}
-
-fn parse_key(text: &str) -> Result<Key, String> {
-    match text.split_once('/') {
-        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
-            Ok(Key::new(namespace, name))
-        }
-        _ => Err("write NAMESPACE/NAME".to_owned()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -638,46 +435,5 @@ mod tests {
         assert_eq!(config.workers, defaults.workers);
         assert_eq!(format!("{:?}", config.l4), format!("{:?}", defaults.l4));
         assert_eq!(args.options().streams.addresses, StreamOptions::default().addresses);
-    }
-
-    #[test]
-    fn durations() {
-        for (text, expected) in
-            [("250ms", 250), ("30s", 30_000), ("1.5m", 90_000), ("1h", 3_600_000), ("0s", 0)]
-        {
-            assert_eq!(text.parse(), Ok(Span(Duration::from_millis(expected))), "{text}");
-        }
-        for (text, expected) in [
-            ("30", "has no unit; write 30s for seconds"),
-            ("30d", "\"d\" is no unit; use ms, s, m or h"),
-            ("s", "write a number and a unit, as 250ms, 30s, 5m or 1h"),
-            ("-1s", "write a number and a unit, as 250ms, 30s, 5m or 1h"),
-            ("9999h", "must lie between 0s and 720h"),
-        ] {
-            assert_eq!(text.parse::<Span>(), Err(expected.to_owned()), "{text}");
-        }
-    }
-
-    #[test]
-    fn sizes() {
-        for (text, expected) in
-            [("0", 0), ("8192", 8192), ("64KiB", 65536), ("8m", 8 << 20), ("1Gi", 1 << 30)]
-        {
-            assert_eq!(text.parse(), Ok(Size(expected)), "{text}");
-        }
-        for text in ["", "k", "1TB", "99999999999999999999", "99999999999g", "-1"] {
-            assert!(text.parse::<Size>().is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn networks_and_names() {
-        assert_eq!(parse_network("10.0.0.1").map(|n| n.to_string()), Ok("10.0.0.1/32".to_owned()));
-        assert_eq!(parse_network("fd00::/8").map(|n| n.to_string()), Ok("fd00::/8".to_owned()));
-        assert!(parse_network("everyone").is_err());
-        assert_eq!(parse_key("a/b"), Ok(Key::new("a", "b")));
-        for text in ["a", "/b", "a/", "a/b/c"] {
-            assert!(parse_key(text).is_err(), "{text}");
-        }
     }
 }

@@ -1,7 +1,7 @@
 //! One line per request, written off the hot path.
 //!
 //! A worker formats lines into a buffer of its own and hands it over when it
-//! is full, every 200 ms, and when it drains. One thread writes. Buffers go
+//! is full, every second, and when it drains. One thread writes. Buffers go
 //! round: each worker has a fixed number, so a request never allocates, never
 //! waits and never makes the log's memory grow. When all of a worker's buffers
 //! wait for a slow destination, its lines are dropped and counted.
@@ -15,19 +15,16 @@
 
 mod format;
 
-use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use tokio::time::MissedTickBehavior;
 use tracing::{error, info};
 
 use crate::clock::WallClock;
@@ -219,9 +216,6 @@ pub struct WorkerLog {
 }
 
 impl WorkerLog {
-    /// How long a line may wait for its batch to fill.
-    pub const FLUSH_INTERVAL: Duration = Duration::from_millis(200);
-
     /// Adds a line, or counts it as dropped. Never waits.
     pub fn write(&mut self, entry: &Entry<'_>) {
         if self.buffer.len() >= BATCH_BYTES && !self.flush() {
@@ -248,17 +242,6 @@ impl WorkerLog {
         let buffer = std::mem::replace(&mut self.buffer, buffer);
         self.send(buffer);
         true
-    }
-
-    /// Flushes `log` every [`WorkerLog::FLUSH_INTERVAL`]: a task of the worker's
-    /// own. Ends when nobody else holds the log.
-    pub async fn flush_periodically(log: Rc<RefCell<WorkerLog>>) {
-        let mut interval = tokio::time::interval(WorkerLog::FLUSH_INTERVAL);
-        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        while Rc::strong_count(&log) > 1 {
-            interval.tick().await;
-            log.borrow_mut().flush();
-        }
     }
 
     fn send(&self, buffer: Vec<u8>) {

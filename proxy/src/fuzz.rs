@@ -18,7 +18,7 @@ use crate::http::response::{BadResponse, ResponseHead};
 use crate::proxy_protocol::{self, Origin, Parsed, Version};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// A target.
 pub type Target = fn(&[u8]);

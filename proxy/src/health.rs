@@ -239,7 +239,8 @@ impl Runner {
         if target.busy.replace(true) {
             return;
         }
-        let (check, tally, busy) = (target.check.clone(), target.tally.clone(), target.busy.clone());
+        let (check, busy) = (target.check.clone(), target.busy.clone());
+        let tally = Rc::downgrade(&target.tally);
         let (places, prober) = (self.places.clone(), self.prober.clone());
         tokio::task::spawn_local(async move {
             // Never closed.
@@ -248,6 +249,8 @@ impl Runner {
             let outcome = tokio::time::timeout(check.timeout, probe).await;
             let outcome = outcome.unwrap_or_else(|_| Err("no answer in time".to_owned()));
             busy.set(false);
+            // Nobody would find out that an endpoint is back which is no longer probed.
+            let Some(tally) = tally.upgrade() else { return };
             if let Some(up) = tally.borrow_mut().record(outcome.is_ok(), &check)
                 && live.set_up(up, clock::now_ms())
             {
@@ -297,7 +300,45 @@ impl Tally {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::endpoint::Endpoints;
     use crate::table::Probe;
+
+    /// A probe under way fails after its check has left the table: with nobody to find out that the
+    /// endpoint is back, it would stay out for ever.
+    #[tokio::test]
+    async fn a_probe_that_outlives_its_check_says_nothing() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let live = Endpoints::default().get(listener.local_addr().unwrap(), UpstreamProtocol::Http1);
+        let check = HealthCheck {
+            probe: Probe::Http { path: "/".into(), host: None },
+            interval: Duration::from_secs(10),
+            timeout: Duration::from_secs(60),
+            healthy: 1,
+            unhealthy: 1,
+        };
+        let wish = Wish { check: Arc::new(check), endpoints: vec![Arc::downgrade(&live)] };
+        let probes = async |runner: &mut Runner| {
+            runner.launch(live.id, Instant::now());
+            listener.accept().await.unwrap()
+        };
+        let ended = async |runner: &Runner| drop(runner.places.acquire_many(AT_ONCE as u32).await);
+        let local = tokio::task::LocalSet::new();
+        let watched = local.run_until(async {
+            let mut runner = Runner::new(Weak::new(), Arc::default(), 1);
+            runner.follow(vec![wish.clone()]);
+            let probe = probes(&mut runner).await;
+            runner.follow(Vec::new());
+            drop(probe);
+            ended(&runner).await;
+            assert!(live.is_up());
+            // While it is wanted it does say something.
+            runner.follow(vec![wish]);
+            drop(probes(&mut runner).await);
+            ended(&runner).await;
+            assert!(!live.is_up());
+        });
+        watched.await;
+    }
 
     #[test]
     fn a_state_changes_after_so_many_outcomes_in_a_row() {

@@ -20,9 +20,7 @@ use crate::health::Checks;
 use crate::l4::ListenerStates;
 use crate::metrics::{ListenerStats, Metrics};
 use crate::split::CompiledSplit;
-use crate::table::{
-    L4Listener, ListenerKey, Origin, Passthrough, PathMatch, PoolKey, RoutingTable, RuleLimits,
-};
+use crate::table::{L4Listener, ListenerKey, Origin, Passthrough, PathMatch, RoutingTable, RuleLimits};
 use crate::tls::{Candidates, CertificateLookup};
 
 mod compile;
@@ -220,11 +218,6 @@ impl Router {
     /// As [`Router::pool`], to be held beyond this generation.
     pub(crate) fn share_pool(&self, slot: u32) -> Arc<CompiledPool> {
         self.pools.share(slot).unwrap_or_else(|| self.vacant.clone())
-    }
-
-    /// The pool that `key` names, if the table or a rule does.
-    pub fn pool_by_key(&self, key: &PoolKey) -> Option<&CompiledPool> {
-        self.slots.get(key).map(|slot| self.pool(slot))
     }
 
     /// What becomes of what arrives at an L4 listener; `None` once it is no longer in the table.

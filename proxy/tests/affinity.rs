@@ -54,20 +54,7 @@ fn stations(count: usize) -> Vec<SocketAddr> {
 }
 
 fn session(affinity: Affinity) -> Session {
-    Session {
-        cookie: "INGRESSCOOKIE".into(),
-        affinity,
-        path: None,
-        domain: None,
-        expires: None,
-        max_age: None,
-        same_site: None,
-        conditional_none: false,
-        secure: None,
-        partitioned: false,
-        change_on_failure: false,
-        holds_backend: true,
-    }
+    Session::new("INGRESSCOOKIE", affinity)
 }
 
 fn by(variable: Variable, subset: u16) -> Steering {

@@ -4,100 +4,47 @@
 //! endpoints run on other threads. `LOCKGATE_SHOW_ALLOCATIONS=1` prints where the first ones happen.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they expect by panicking")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use lockgate_proxy::Config;
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
 use lockgate_proxy::table::{
-    Action, Backend, Host, HostPattern, Override, PathMatch, RoutingTable, Sticky, UpstreamProtocol, When,
+    Action, Backend, Host, HostPattern, Override, PathMatch, RoutingTable, Rule, Sticky, UpstreamProtocol,
+    When,
 };
 
 #[path = "support/frames.rs"]
 mod frames;
+#[path = "support/heap.rs"]
+mod heap;
 #[path = "support/toy.rs"]
 mod toy;
 #[path = "support/wire.rs"]
 mod wire;
 
+// Threads are identified while their calls are counted.
+use heap::{Change, IDENTIFYING as COUNTING};
 use wire::{Message, Wire, answers, named, ok};
 
-static COUNTING: AtomicBool = AtomicBool::new(false);
 static ALLOCATED: AtomicU64 = AtomicU64::new(0);
 static FREED: AtomicU64 = AtomicU64::new(0);
 /// Backtraces still to be printed.
 static SHOWN: AtomicU64 = AtomicU64::new(0);
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Thread {
-    Unknown,
-    Asking,
-    Worker,
-    Other,
-}
-
-thread_local! {
-    static THREAD: Cell<Thread> = const { Cell::new(Thread::Unknown) };
-}
-
-/// The system's allocator, and a count of what worker threads ask of it.
-struct Counting;
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-// SAFETY: every call is passed to `System` unchanged; counting touches atomics and a `Cell` only,
-// and what asking for a thread's name may allocate is passed on without being counted.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(&ALLOCATED, layout.size());
-        // SAFETY: the caller's contract is `System`'s.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(&ALLOCATED, layout.size());
-        // SAFETY: the caller's contract is `System`'s.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count(&ALLOCATED, size);
-        count(&FREED, layout.size());
-        // SAFETY: the caller's contract is `System`'s.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(&FREED, layout.size());
-        // SAFETY: the caller's contract is `System`'s.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-/// Counts one call if it is a worker's. Names are asked for only while counting, when no thread
-/// is being started: asking a half-started one would take its name away.
-fn count(counter: &AtomicU64, bytes: usize) {
+fn on_worker(change: Change) {
     if !COUNTING.load(Relaxed) {
         return;
     }
-    if THREAD.get() == Thread::Unknown {
-        THREAD.set(Thread::Asking);
-        let worker = std::thread::current().name().is_some_and(|name| name.starts_with("lockgate-"));
-        THREAD.set(if worker { Thread::Worker } else { Thread::Other });
-    }
-    if THREAD.get() != Thread::Worker {
-        return;
-    }
-    counter.fetch_add(1, Relaxed);
-    if SHOWN.load(Relaxed) > 0 {
-        SHOWN.fetch_sub(1, Relaxed);
-        THREAD.set(Thread::Asking);
-        eprintln!("{bytes} bytes at\n{}", std::backtrace::Backtrace::force_capture());
-        THREAD.set(Thread::Worker);
+    for (counter, bytes) in [(&ALLOCATED, change.taken), (&FREED, change.given)] {
+        let Some(bytes) = bytes else { continue };
+        counter.fetch_add(1, Relaxed);
+        if SHOWN.load(Relaxed) > 0 {
+            SHOWN.fetch_sub(1, Relaxed);
+            eprintln!("{bytes} bytes at\n{}", std::backtrace::Backtrace::force_capture());
+        }
     }
 }
 
@@ -216,11 +163,12 @@ const LARGE: &str = {
     }
 };
 
-fn canary_table() -> RoutingTable {
+/// Answers each kind of request that is asked of it.
+fn primary() -> SocketAddr {
     let chunked: &[u8] =
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6;x=y\r\n world\r\n0\r\n\r\n";
     let large = ok(&vec![b'x'; 64 << 10]);
-    let main = answers(move |request| match &request.head {
+    answers(move |request| match &request.head {
         head if head.starts_with("GET /chunked ") => chunked.to_vec(),
         head if head.starts_with("GET /large ") => large.clone(),
         head if head.starts_with("HEAD ") => b"HTTP/1.1 204 No Content\r\n\r\n".to_vec(),
@@ -230,13 +178,16 @@ fn canary_table() -> RoutingTable {
             answer
         }
         _ => ok(b"primary"),
-    });
+    })
+}
+
+fn canary_table() -> RoutingTable {
     let canary = [named("canary"), named("canary")];
     let mut table = RoutingTable::default();
     let mut pool = |name: &str, endpoints: &[_]| {
         table.pools.insert(toy::key(name), Arc::new(toy::pool(endpoints, UpstreamProtocol::Http1)));
     };
-    pool("default/app:80", &[main]);
+    pool("default/app:80", &[primary()]);
     pool("default/canary:80", &canary[..1]);
     pool("default/third:80", &canary[1..]);
     pool("default/none:80", &[]);
@@ -244,24 +195,6 @@ fn canary_table() -> RoutingTable {
     least.balance = lockgate_proxy::table::Balance::LeastRequest;
     table.pools.insert(toy::key("default/least:80"), Arc::new(least));
 
-    let split = |path: &str, weights: &[u32], when: Option<When>, sticky: Option<Sticky>| {
-        let mut rule = toy::rule(PathMatch::Prefix(path.into()), "default/app:80");
-        let Action::Forward(split) = &mut rule.action else { unreachable!() };
-        let pools = ["default/app:80", "default/canary:80", "default/third:80"];
-        split.backends = pools
-            .iter()
-            .zip(weights)
-            .map(|(pool, &weight)| Backend {
-                pool: toy::key(pool),
-                weight,
-                canary: pool[8..11].into(),
-                steering: None,
-            })
-            .collect();
-        split.overrides = when.map(|when| Override { backend: 1, when }).into_iter().collect();
-        split.sticky = sticky;
-        rule
-    };
     let answer = |path: &str, status| {
         let mut rule = toy::rule(PathMatch::Exact(path.into()), "default/app:80");
         rule.action = Action::Respond { status, reason: "a rule says so".into() };
@@ -295,6 +228,26 @@ fn canary_table() -> RoutingTable {
     rules.push(secure);
     table.hosts.insert(HostPattern::new("app.example"), Arc::new(Host { rules }));
     table
+}
+
+/// A rule for `path` over the three versions of the application.
+fn split(path: &str, weights: &[u32], when: Option<When>, sticky: Option<Sticky>) -> Rule {
+    let mut rule = toy::rule(PathMatch::Prefix(path.into()), "default/app:80");
+    let Action::Forward(split) = &mut rule.action else { unreachable!() };
+    let pools = ["default/app:80", "default/canary:80", "default/third:80"];
+    split.backends = pools
+        .iter()
+        .zip(weights)
+        .map(|(pool, &weight)| Backend {
+            pool: toy::key(pool),
+            weight,
+            canary: pool[8..11].into(),
+            steering: None,
+        })
+        .collect();
+    split.overrides = when.map(|when| Override { backend: 1, when }).into_iter().collect();
+    split.sticky = sticky;
+    rule
 }
 
 fn log(format: Format) -> Config {

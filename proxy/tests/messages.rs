@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 #[path = "support/frame_list.rs"]
+mod frame_list;
+#[path = "support/frames.rs"]
 mod frames;
 #[path = "support/messages.rs"]
 mod messages;
@@ -132,7 +134,7 @@ fn http1_responses() {
 }
 
 fn http2_request(world: &World, case: &Case) -> Outcome {
-    let answers = frames::exchange(world.address(), case, None);
+    let answers = frame_list::exchange(world.address(), case, None);
     let served = matches!(case.answers.as_str(), "reset") || case.answers.parse::<u16>().is_ok();
     let arrived = world.arrived(case, if served { LAST_ARRIVES } else { b"" });
     Outcome { answers, arrived }

@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 #[path = "support/frame_list.rs"]
+mod frame_list;
+#[path = "support/frames.rs"]
 mod frames;
 #[path = "support/messages.rs"]
 mod messages;
@@ -185,7 +187,7 @@ fn envoy(http1: u16, http2: u16, upstream: u16, _: &Path) -> String {
 /// The statuses that come back, and how many requests the endpoint was sent.
 fn play(subject: &Subject, list: &str, case: &Case) -> String {
     let answers = match list {
-        "http2" => frames::exchange(subject.http2, case, Some(SILENCE)),
+        "http2" => frame_list::exchange(subject.http2, case, Some(SILENCE)),
         "responses" => {
             let (then, request) = case.how.split_once(' ').unwrap();
             subject.heard.answer(&case.sent, then == "end");

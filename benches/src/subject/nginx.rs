@@ -19,62 +19,8 @@ pub(super) fn command(site: &Site) -> Result<Command> {
 }
 
 fn configuration(site: &Site) -> String {
-    let (folder, task, backend) = (site.folder.display(), site.task, site.backend);
-    let log = if task.log {
-        // Buffered, as Lockgate's is: a write per line would be a handicap.
-        format!("{LOG}\n    access_log {} json buffer=64k flush=1s;", site.log().display())
-    } else {
-        "access_log off;".to_owned()
-    };
-    let listen = match task.front {
-        Front::Https => format!("{} ssl http2", site.address),
-        _ => site.address.to_string(),
-    };
-    let tls = match task.front {
-        Front::Https => format!(
-            "ssl_certificate {folder}/tls.crt;
-    ssl_certificate_key {folder}/tls.key;
-    ssl_protocols TLSv1.2 TLSv1.3;
-    ssl_session_cache shared:SSL:10m;
-    ssl_session_tickets on;"
-        ),
-        _ => String::new(),
-    };
-    if task.front == Front::Https {
-        // Written here, for only this subject wants them apart; a failure shows when it starts.
-        let _ = site.write("tls.crt", &site.certificate.chain);
-        let _ = site.write("tls.key", &site.certificate.key);
-    }
-    let mut pools = String::new();
-    let mut servers = String::new();
-    let pool = |pools: &mut String, name: &str| {
-        let _ = writeln!(
-            pools,
-            "    upstream {name} {{ server {backend}; keepalive 1024; keepalive_requests 1000000000; }}"
-        );
-    };
-    if !task.apart {
-        pool(&mut pools, "pool");
-    }
-    for index in 0..task.hosts {
-        let (name, own) = (host(index, task.hosts), format!("pool{index}"));
-        let to = if task.apart { &*own } else { "pool" };
-        if task.apart {
-            pool(&mut pools, to);
-        }
-        let options = if name == HOST { " backlog=4096" } else { "" };
-        let _ = write!(
-            servers,
-            "    server {{
-        listen {listen}{options};
-        server_name {name};
-        location /api {{ proxy_pass http://{to}; }}
-        location /static {{ proxy_pass http://{to}; }}
-        location / {{ proxy_pass http://{to}; }}
-    }}
-"
-        );
-    }
+    let folder = site.folder.display();
+    let (log, tls, servers) = (log(site), tls(site), servers(site));
     format!(
         "daemon off;
 master_process off;
@@ -105,7 +51,73 @@ http {{
     proxy_set_header X-Forwarded-Proto $scheme;
     proxy_set_header X-Request-ID $request_id;
     proxy_buffers 16 16k;
-{pools}{servers}}}
+{servers}}}
 "
     )
+}
+
+fn log(site: &Site) -> String {
+    if site.task.log {
+        // Buffered, as Lockgate's is: a write per line would be a handicap.
+        format!("{LOG}\n    access_log {} json buffer=64k flush=1s;", site.log().display())
+    } else {
+        "access_log off;".to_owned()
+    }
+}
+
+/// Writes the certificate, too: only this subject wants chain and key apart. A failure shows when it starts.
+fn tls(site: &Site) -> String {
+    if site.task.front != Front::Https {
+        return String::new();
+    }
+    let _ = site.write("tls.crt", &site.certificate.chain);
+    let _ = site.write("tls.key", &site.certificate.key);
+    let folder = site.folder.display();
+    format!(
+        "ssl_certificate {folder}/tls.crt;
+    ssl_certificate_key {folder}/tls.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_session_cache shared:SSL:10m;
+    ssl_session_tickets on;"
+    )
+}
+
+/// An upstream for all hosts or one for each, then a server for each host.
+fn servers(site: &Site) -> String {
+    let (task, backend) = (site.task, site.backend);
+    let listen = match task.front {
+        Front::Https => format!("{} ssl http2", site.address),
+        _ => site.address.to_string(),
+    };
+    let mut pools = String::new();
+    let mut servers = String::new();
+    let pool = |pools: &mut String, name: &str| {
+        let _ = writeln!(
+            pools,
+            "    upstream {name} {{ server {backend}; keepalive 1024; keepalive_requests 1000000000; }}"
+        );
+    };
+    if !task.apart {
+        pool(&mut pools, "pool");
+    }
+    for index in 0..task.hosts {
+        let (name, own) = (host(index, task.hosts), format!("pool{index}"));
+        let to = if task.apart { &*own } else { "pool" };
+        if task.apart {
+            pool(&mut pools, to);
+        }
+        let options = if name == HOST { " backlog=4096" } else { "" };
+        let _ = write!(
+            servers,
+            "    server {{
+        listen {listen}{options};
+        server_name {name};
+        location /api {{ proxy_pass http://{to}; }}
+        location /static {{ proxy_pass http://{to}; }}
+        location / {{ proxy_pass http://{to}; }}
+    }}
+"
+        );
+    }
+    pools + &servers
 }

@@ -69,9 +69,8 @@ impl Reader<'_> {
             let message = "the cookie's path is that of the rule, which is a pattern".to_owned();
             self.warn("affinity", message, "set session-cookie-path");
         }
+        let cookie = cookie.and_then(|name| self.token("session-cookie-name", name)).unwrap_or(COOKIE);
         Some(Session {
-            cookie: cookie.and_then(|name| self.token("session-cookie-name", name)).unwrap_or(COOKIE).into(),
-            affinity,
             path,
             domain: self.cookie_text("session-cookie-domain", is_domain),
             expires: self.whole("session-cookie-expires"),
@@ -84,7 +83,7 @@ impl Reader<'_> {
                 .then(|| self.flag("session-cookie-secure", false)),
             partitioned: self.flag("session-cookie-partitioned", false),
             change_on_failure: self.flag("session-cookie-change-on-failure", false),
-            holds_backend: true,
+            ..Session::new(cookie, affinity)
         })
     }
 
@@ -299,23 +298,8 @@ mod tests {
 
     #[test]
     fn sessions() {
-        let standard = Session {
-            cookie: COOKIE.into(),
-            affinity: Affinity::Balanced,
-            path: None,
-            domain: None,
-            expires: None,
-            max_age: None,
-            same_site: None,
-            conditional_none: false,
-            secure: None,
-            partitioned: false,
-            change_on_failure: false,
-            holds_backend: true,
-        };
+        let standard = Session::new(COOKIE, Affinity::Balanced);
         let all = Session {
-            cookie: "route".into(),
-            affinity: Affinity::Persistent,
             path: Some("/shop".into()),
             domain: Some("shop.example".into()),
             expires: Some(172_800),
@@ -325,7 +309,7 @@ mod tests {
             secure: Some(false),
             partitioned: true,
             change_on_failure: true,
-            holds_backend: true,
+            ..Session::new("route", Affinity::Persistent)
         };
         let cookie = ("affinity", "cookie");
         let cases: [(&[(&str, &str)], Option<&Session>, usize); 9] = [

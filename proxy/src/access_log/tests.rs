@@ -1,6 +1,6 @@
 //! Whole lines, and what happens when the destination is slow or fails.
 
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use super::*;
 use crate::metrics::Metrics;
@@ -221,23 +221,6 @@ fn flush_hands_over_a_partial_batch() {
     assert!(workers[0].flush(), "nothing to do");
     workers[0].write(&bare());
     assert!(workers[0].flush());
-    assert_eq!(writes.recv().unwrap(), line(Format::Json, &bare()).into_bytes());
-}
-
-#[tokio::test(start_paused = true)]
-async fn lines_do_not_wait_for_a_full_batch() {
-    let (destination, permit, writes) = gated();
-    drop(permit);
-    let metrics = Metrics::new(1);
-    let (_log, mut workers) = start(destination, &metrics);
-    let log = Rc::new(RefCell::new(workers.remove(0)));
-    let flushed = WorkerLog::flush_periodically(log.clone());
-    let used = async {
-        log.borrow_mut().write(&bare());
-        tokio::time::sleep(WorkerLog::FLUSH_INTERVAL * 2).await;
-        drop(log);
-    };
-    tokio::join!(flushed, used);
     assert_eq!(writes.recv().unwrap(), line(Format::Json, &bare()).into_bytes());
 }
 

@@ -196,21 +196,12 @@ fn the_hello_of_a_real_client() {
 
 #[test]
 fn anything_may_come() {
-    let mut random = fastrand::Rng::with_seed(3);
     let message = message_of(&body(&[(0x1A1A, vec![]), names("shop.example"), (43, vec![2, 3, 4])]));
-    for _ in 0..10_000 {
-        let mut input = records(&message, random.usize(1..300));
-        for _ in 0..random.usize(..4) {
-            let at = random.usize(..input.len());
-            input[at] = random.u8(..);
-        }
-        input.truncate(random.usize(..=input.len()));
-        let whole = parse(&input);
-        for end in 0..input.len() {
-            match parse(&input[..end]) {
-                Ok(Parsed::Incomplete { .. }) => {}
-                decided => assert_eq!(decided, whole, "{end} of {input:?}"),
-            }
-        }
-    }
+    crate::fuzz::tests::anything_may_come(
+        10_000,
+        fastrand::Rng::with_seed(3),
+        |random| records(&message, random.usize(1..300)),
+        parse,
+        |parsed| matches!(parsed, Ok(Parsed::Incomplete { .. })),
+    );
 }

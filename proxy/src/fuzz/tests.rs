@@ -71,6 +71,30 @@ fn mutated_corpora_hold_as_well() {
     }
 }
 
+/// Bytes close to what `seed` makes are read without a panic, and the answer for a
+/// beginning never contradicts the answer for the whole.
+pub(crate) fn anything_may_come<T: PartialEq + std::fmt::Debug>(
+    rounds: usize,
+    mut random: fastrand::Rng,
+    mut seed: impl FnMut(&mut fastrand::Rng) -> Vec<u8>,
+    parse: impl Fn(&[u8]) -> T,
+    is_incomplete: impl Fn(&T) -> bool,
+) {
+    for _ in 0..rounds {
+        let mut input = seed(&mut random);
+        for _ in 0..random.usize(..4) {
+            let at = random.usize(..input.len());
+            input[at] = random.u8(..);
+        }
+        input.truncate(random.usize(..=input.len()));
+        let whole = parse(&input);
+        for end in 0..input.len() {
+            let decided = parse(&input[..end]);
+            assert!(is_incomplete(&decided) || decided == whole, "{decided:?} at {end} of {input:?}");
+        }
+    }
+}
+
 fn mutate(input: &mut Vec<u8>, others: &[Vec<u8>], random: &mut fastrand::Rng) {
     let at = random.usize(..=input.len());
     let end = at + random.usize(..=(input.len() - at).min(16));

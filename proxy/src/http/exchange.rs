@@ -150,6 +150,16 @@ pub(crate) struct Order<'r> {
     answered: Answered,
 }
 
+/// What every attempt to have a request answered works with.
+pub(crate) struct Sent<'s, S> {
+    pub(crate) timer: &'s mut Timer,
+    pub(crate) source: &'s mut S,
+    /// The request head, and body bytes that can be sent again.
+    pub(crate) head: &'s [u8],
+    pub(crate) answer: &'s mut Buffer,
+    pub(crate) record: &'s mut Record,
+}
+
 /// What is remembered of the endpoint that was asked, and of the one that answered.
 #[derive(Default)]
 struct Answered {
@@ -250,17 +260,18 @@ impl Order<'_> {
         async move {
             let mut course = Course::default();
             let mut chosen = self.first(&mut course, record)?;
+            let mut sent = Sent { timer, source, head, answer, record };
             loop {
                 let Chosen { mut upstream, busy } = chosen;
-                let attempt =
-                    self.attempt(timer, source, head, answer, record, &mut course, &mut upstream, busy).await;
+                let attempt = self.attempt(&mut sent, &mut course, &mut upstream, busy).await;
+                let Sent { source, answer, record, .. } = &mut sent;
                 chosen = match attempt {
                     Ok((peer, status)) => {
                         self.answered(&upstream, status, record, course.since);
                         match self.instead(&mut course, &upstream, status, source.is_repeatable(), record) {
                             None => return Ok((upstream, peer)),
                             Some(next) => {
-                                self.turn_down(source, &upstream, peer, answer);
+                                self.turn_down(*source, &upstream, peer, answer);
                                 next
                             }
                         }
@@ -297,11 +308,7 @@ impl Order<'_> {
     #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
     fn attempt<S: Source>(
         &self,
-        timer: &mut Timer,
-        source: &mut S,
-        head: &[u8],
-        answer: &mut Buffer,
-        record: &mut Record,
+        sent: &mut Sent<'_, S>,
         course: &mut Course,
         upstream: &mut Rc<Upstream>,
         busy: InFlight,
@@ -309,17 +316,17 @@ impl Order<'_> {
         async move {
             self.begin_try();
             if let Some(delay) = self.hedge_delay(course) {
-                let hedged = self.hedged(timer, source, head, answer, record, course, upstream, busy, delay);
-                return Box::pin(hedged).await;
+                return Box::pin(self.hedged(sent, course, upstream, busy, delay)).await;
             }
+            let Sent { timer, source, head, answer, record } = sent;
             let (mut peer, reused) = self.connected(timer, upstream, course.fresh_only).await?;
             let since_start = reused && course.is_first();
             record.connected = Some(if since_start { record.started } else { clock::now() });
             peer.occupy(busy);
             // A failed write is not the end: the endpoint may have answered before it hung up.
-            let sent = timer.within(self.send_deadline(), peer.conn.send([head, &[], &[]])).await;
-            let answered = match sent {
-                Ok(_) => self.await_head(timer, source, &mut peer.conn, answer, record).await,
+            let written = timer.within(self.send_deadline(), peer.conn.send([*head, &[], &[]])).await;
+            let answered = match written {
+                Ok(_) => self.await_head(timer, *source, &mut peer.conn, answer, record).await,
                 Err(Late) => Err(self.late()),
             };
             match answered {

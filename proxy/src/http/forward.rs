@@ -44,7 +44,7 @@ fn is_harmless(value: &[u8]) -> bool {
 /// The forwarded headers of a request.
 pub(crate) fn claims<'b>(head: &RequestHead<'_, 'b>) -> Claims<'b> {
     let mut claims = Claims::default();
-    for (header, field) in head.headers.iter().zip(&head.fields) {
+    for (header, field) in head.headers.iter().zip(&*head.fields) {
         match field {
             Field::XForwardedFor => claims.for_.push(header.value),
             Field::XForwardedProto => claims.proto = Some(header.value),
@@ -68,7 +68,7 @@ pub(crate) fn write_request(
     client.write_forwarded(out, forwarded);
     let host = forwarded.claims.host.unwrap_or(head.host);
     put(out, &[b"X-Forwarded-Host: ", host, b"\r\nX-Request-ID: ", id.as_bytes(), b"\r\n"]);
-    for (header, field) in head.headers.iter().zip(&head.fields) {
+    for (header, field) in head.headers.iter().zip(&*head.fields) {
         let keep = match field {
             Field::Other => !is_nominated(&head.nominated, header.name.as_bytes()),
             Field::Expect | Field::UserAgent | Field::Referer => true,
@@ -106,7 +106,7 @@ pub(crate) fn write_response(out: &mut Vec<u8>, head: &ResponseHead<'_, '_>, to:
     // HEAD and 304 tell the length of a body that does not follow; 1xx and 204 must not
     // (RFC 9110 section 8.6). Said twice, it is told once.
     let mut keep_length = to.framing == Framing::None && !matches!(head.status, 100..200 | 204);
-    for (header, field) in head.headers.iter().zip(&head.fields) {
+    for (header, field) in head.headers.iter().zip(&*head.fields) {
         let keep = match field {
             Field::Connection | Field::TransferEncoding | Field::HopByHop | Field::Upgrade => false,
             Field::ContentLength => std::mem::take(&mut keep_length),

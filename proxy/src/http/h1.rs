@@ -439,8 +439,3 @@ fn write_answer(head: &mut Vec<u8>, status: u16, text: &str, extra: &[u8], conne
     let length = text.len() as u64 + 1;
     put(head, &[b"Content-Length: ", decimal(length, &mut room), b"\r\n\r\n"]);
 }
-
-/// Keeps `Pin` in scope for the modules below, which poll streams by hand.
-pub(super) fn pin<T: Unpin>(value: &mut T) -> Pin<&mut T> {
-    Pin::new(value)
-}

@@ -40,18 +40,24 @@ pub(crate) enum Framing {
     Close,
 }
 
-/// Room for the header fields of one message, on the stack and never initialised.
-pub(crate) struct HeaderRoom<'b>([MaybeUninit<Header<'b>>; MAX_HEADERS]);
+/// Room for the header fields of one message, on the stack; nearly all of it is never initialised.
+pub(crate) struct HeaderRoom<'b> {
+    headers: [MaybeUninit<Header<'b>>; MAX_HEADERS],
+    fields: [Field; MAX_HEADERS],
+}
 
 impl HeaderRoom<'_> {
     pub(crate) fn new() -> Self {
-        HeaderRoom([const { MaybeUninit::uninit() }; MAX_HEADERS])
+        let headers = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+        HeaderRoom { headers, fields: [Field::Other; MAX_HEADERS] }
     }
 }
 
 impl<'b> HeaderRoom<'b> {
-    pub(crate) fn slots(&mut self) -> &mut [MaybeUninit<Header<'b>>] {
-        &mut self.0
+    /// For so many headers, and for what each of them is.
+    pub(super) fn slots(&mut self, count: usize) -> (&mut [MaybeUninit<Header<'b>>], &mut [Field]) {
+        let count = count.min(MAX_HEADERS);
+        (&mut self.headers[..count], &mut self.fields[..count])
     }
 }
 
@@ -71,7 +77,7 @@ pub(crate) struct RequestHead<'h, 'b> {
     pub(crate) minor: u8,
     pub(crate) headers: &'h [Header<'b>],
     /// What each header is, in the same order.
-    pub(crate) fields: [Field; MAX_HEADERS],
+    pub(crate) fields: &'h mut [Field],
     /// Authority: from an absolute-form target, else the Host header, else empty (HTTP/1.0).
     pub(crate) host: &'b [u8],
     pub(crate) framing: Framing,
@@ -93,8 +99,8 @@ impl<'h, 'b> RequestHead<'h, 'b> {
         limits: &Limits,
     ) -> Result<Option<RequestHead<'h, 'b>>, Reject> {
         let mut request = httparse::Request::new(&mut []);
-        let count = limits.headers.min(MAX_HEADERS);
-        let length = match request.parse_with_uninit_headers(bytes, &mut room.0[..count]) {
+        let (headers, fields) = room.slots(limits.headers);
+        let length = match request.parse_with_uninit_headers(bytes, headers) {
             Ok(Status::Complete(length)) => length,
             Ok(Status::Partial) => return partial(bytes, limits),
             Err(error) => return Err(refusal(error, bytes)),
@@ -113,7 +119,7 @@ impl<'h, 'b> RequestHead<'h, 'b> {
             target,
             minor,
             headers: request.headers,
-            fields: [Field::Other; MAX_HEADERS],
+            fields,
             host: authority.unwrap_or_default(),
             framing: Framing::None,
             keep_alive: minor == 1,
@@ -130,7 +136,7 @@ impl<'h, 'b> RequestHead<'h, 'b> {
     fn read_fields(&mut self, absolute: bool) -> Result<(), Reject> {
         let (mut length, mut chunked, mut hosts) = (None, false, 0);
         let (mut upgrade, mut wants_upgrade) = (None, false);
-        for (header, slot) in self.headers.iter().zip(&mut self.fields) {
+        for (header, slot) in self.headers.iter().zip(&mut *self.fields) {
             let field = classify(header.name.as_bytes());
             *slot = field;
             match field {
@@ -204,7 +210,7 @@ impl<'h, 'b> RequestHead<'h, 'b> {
 
     /// The first header of this kind.
     pub(crate) fn first(&self, field: Field) -> Option<&'b [u8]> {
-        self.headers.iter().zip(&self.fields).find(|(_, f)| **f == field).map(|(h, _)| h.value)
+        self.headers.iter().zip(&*self.fields).find(|(_, f)| **f == field).map(|(h, _)| h.value)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::timer::{Late, Timer};
 use crate::upstream::{InFlight, Peer, Upstream};
 
 use super::attempts::{Chosen, Course, Lost};
-use super::exchange::{Failure, Order, Source};
+use super::exchange::{Failure, Order, Sent, Source};
 use super::record::Record;
 
 /// An endpoint that has begun to answer.
@@ -54,11 +54,7 @@ impl Order<'_> {
     /// answer after `delay`. `upstream` becomes the one whose outcome this is.
     pub(crate) async fn hedged<S: Source>(
         &self,
-        timer: &mut Timer,
-        source: &mut S,
-        head: &[u8],
-        answer: &mut Buffer,
-        record: &mut Record,
+        sent: &mut Sent<'_, S>,
         course: &mut Course,
         upstream: &mut Rc<Upstream>,
         busy: InFlight,
@@ -69,9 +65,10 @@ impl Order<'_> {
         let began = Instant::now();
         course.since = Some(began);
         let raced = {
-            let copy = pin!(self.copy(&first, busy, head));
-            self.race(timer, source, head, record, course, copy, &first, &mut second, delay).await
+            let copy = pin!(self.copy(&first, busy, sent.head));
+            self.race(sent, course, copy, &first, &mut second, delay).await
         };
+        let Sent { timer, source, answer, record, .. } = sent;
         // The other copy is gone by now, and its connection with it.
         let Begun { mut peer, answer: begun, reused, connected } = match raced {
             Race::Gone => {
@@ -98,10 +95,10 @@ impl Order<'_> {
                 begun
             }
         };
-        *answer = begun;
+        **answer = begun;
         record.upstream = Some(upstream.live.address);
         (record.connected, record.first_byte) = (Some(connected), Some(Instant::now()));
-        match self.await_head(timer, source, &mut peer.conn, answer, record).await {
+        match self.await_head(timer, *source, &mut peer.conn, answer, record).await {
             Ok(status) => Ok((peer, status)),
             Err(failure) => Err(self.lost_on(upstream, course, failure, reused, source.is_repeatable())),
         }
@@ -109,16 +106,15 @@ impl Order<'_> {
 
     async fn race<S: Source>(
         &self,
-        timer: &mut Timer,
-        source: &mut S,
-        head: &[u8],
-        record: &mut Record,
+        sent: &mut Sent<'_, S>,
         course: &mut Course,
         mut one: Pin<&mut impl Future<Output = Result<Begun, Lost>>>,
         first: &Rc<Upstream>,
         second: &mut Rc<Upstream>,
         delay: Duration,
     ) -> Race {
+        let head = sent.head;
+        let Sent { timer, source, record, .. } = sent;
         let alone = poll_fn(|cx| match one.as_mut().poll(cx) {
             Poll::Ready(done) => Poll::Ready(Some(done)),
             Poll::Pending => source.poll_gone(cx).map(|()| None),

@@ -59,6 +59,10 @@ struct Body {
     forgotten: bool,
 }
 
+/// What a piece of body costs in memory besides its bytes, about: a place in the list, what counts its
+/// owners, and the head of the frame it came in. A body in crumbs must not be kept many times over.
+const PIECE_COST: usize = 64;
+
 /// A failed stream.
 struct Broken {
     failure: Failure,
@@ -292,18 +296,21 @@ impl Body {
         }
         let piece = ready!(source.poll_piece(cx))?;
         match &piece {
-            Piece::Data(data) if !self.forgotten => {
-                self.bytes += data.len();
-                self.kept.push(data.clone());
-                self.next += 1;
-                if self.bytes > self.room {
-                    self.settle();
-                }
-            }
-            Piece::Data(_) => {}
+            Piece::Data(data) => self.keep(data),
             Piece::End(trailers) => self.end = Some(trailers.clone()),
         }
         Poll::Ready(Ok(piece))
+    }
+
+    /// A piece that is sent now, for it may have to be sent again.
+    fn keep(&mut self, piece: &Bytes) {
+        self.bytes += piece.len();
+        let pieces = self.kept.inline_size() + self.room / PIECE_COST;
+        if self.forgotten || self.bytes > self.room || self.kept.len() >= pieces {
+            return self.settle();
+        }
+        self.kept.push(piece.clone());
+        self.next += 1;
     }
 
     /// From now on nothing is kept.
@@ -452,4 +459,26 @@ pub(crate) fn poll_frame(cx: &mut Context<'_>, body: &mut RecvStream) -> Poll<Re
         Ok(None) => Ok(Frame::End),
         Err(_) => Err(BROKEN),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_body_in_crumbs_is_not_kept_many_times_over() {
+        let room = 64 << 10;
+        for (length, pieces) in [(1, 1028), (1 << 10, 64), (16 << 10, 4)] {
+            let piece = Bytes::from(vec![b'x'; length]);
+            let mut body = Body::new(room);
+            let kept = (0..).take_while(|_| {
+                body.keep(&piece);
+                !body.forgotten
+            });
+            assert_eq!(kept.count(), pieces, "of {length} bytes");
+            // Then nothing is, however much more comes.
+            body.keep(&piece);
+            assert!(body.kept.is_empty() && body.next == 0);
+        }
+    }
 }

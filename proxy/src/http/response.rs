@@ -13,7 +13,7 @@ pub(crate) struct ResponseHead<'h, 'b> {
     pub(crate) status: u16,
     pub(crate) reason: &'b [u8],
     pub(crate) headers: &'h [Header<'b>],
-    pub(crate) fields: [Field; MAX_HEADERS],
+    pub(crate) fields: &'h mut [Field],
     pub(crate) framing: Framing,
     /// Whether the endpoint's connection can carry another request after the body.
     pub(crate) keep_alive: bool,
@@ -36,8 +36,9 @@ impl<'h, 'b> ResponseHead<'h, 'b> {
         to_head: bool,
     ) -> Result<Option<ResponseHead<'h, 'b>>, BadResponse> {
         let mut response = httparse::Response::new(&mut []);
+        let (headers, fields) = room.slots(MAX_HEADERS);
         let parsed =
-            ParserConfig::default().parse_response_with_uninit_headers(&mut response, bytes, room.slots());
+            ParserConfig::default().parse_response_with_uninit_headers(&mut response, bytes, headers);
         let length = match parsed {
             Ok(Status::Complete(length)) => length,
             Ok(Status::Partial) => return Ok(None),
@@ -53,7 +54,7 @@ impl<'h, 'b> ResponseHead<'h, 'b> {
             status,
             reason: response.reason.unwrap_or_default().as_bytes(),
             headers: response.headers,
-            fields: [Field::Other; MAX_HEADERS],
+            fields,
             framing: Framing::Close,
             keep_alive: minor == 1,
             upgrade: None,
@@ -66,7 +67,7 @@ impl<'h, 'b> ResponseHead<'h, 'b> {
 
     fn read_fields(&mut self, minor: u8, to_head: bool) -> Result<(), BadResponse> {
         let (mut length, mut chunked) = (None, false);
-        for (header, slot) in self.headers.iter().zip(&mut self.fields) {
+        for (header, slot) in self.headers.iter().zip(&mut *self.fields) {
             let field = classify(header.name.as_bytes());
             *slot = field;
             match field {

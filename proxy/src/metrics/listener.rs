@@ -150,6 +150,10 @@ enum Value {
 }
 
 impl Family {
+    const fn new(name: &'static str, help: &'static str, value: Value) -> Family {
+        Family { name, help, value }
+    }
+
     fn read(&self, labels: &[LabelPair], stats: &ListenerStats) -> Vec<proto::Metric> {
         let direction = |value| labels.iter().cloned().chain([label("direction", value)]).collect();
         match self.value {
@@ -170,51 +174,51 @@ impl Family {
 }
 
 const FAMILIES: [Family; 9] = [
-    Family {
-        name: "lockgate_l4_listener_open",
-        help: "1: the port is open; 0: it cannot be opened, and is tried again.",
-        value: Value::State,
-    },
-    Family {
-        name: "lockgate_l4_connections_total",
-        help: "Connections, or flows of UDP, of an L4 listener.",
-        value: Value::Count(|slot| slot.opened.value()),
-    },
-    Family {
-        name: "lockgate_l4_connections_open",
-        help: "Connections and flows open.",
-        value: Value::Level(|slot| slot.open.value()),
-    },
-    Family {
-        name: "lockgate_l4_connections_failed_total",
-        help: "Connections and flows for which no endpoint could be reached.",
-        value: Value::Count(|slot| slot.failed.value()),
-    },
-    Family {
-        name: "lockgate_l4_connections_idle_total",
-        help: "Connections and flows ended because nobody spoke for too long.",
-        value: Value::Count(|slot| slot.idle.value()),
-    },
-    Family {
-        name: "lockgate_l4_bytes_total",
-        help: "Bytes relayed from clients (in) and to clients (out).",
-        value: Value::Counts(|slot| slot.bytes_in.value(), |slot| slot.bytes_out.value()),
-    },
-    Family {
-        name: "lockgate_l4_datagrams_total",
-        help: "Datagrams relayed from clients (in) and to clients (out).",
-        value: Value::Counts(|slot| slot.datagrams_in.value(), |slot| slot.datagrams_out.value()),
-    },
-    Family {
-        name: "lockgate_l4_datagrams_dropped_total",
-        help: "Datagrams that could not be passed on.",
-        value: Value::Count(|slot| slot.dropped.value()),
-    },
-    Family {
-        name: "lockgate_l4_flows_evicted_total",
-        help: "Flows that waited for an answer and had to make room for a new one.",
-        value: Value::Count(|slot| slot.evicted.value()),
-    },
+    Family::new(
+        "lockgate_l4_listener_open",
+        "1: the port is open; 0: it cannot be opened, and is tried again.",
+        Value::State,
+    ),
+    Family::new(
+        "lockgate_l4_connections_total",
+        "Connections, or flows of UDP, of an L4 listener.",
+        Value::Count(|slot| slot.opened.value()),
+    ),
+    Family::new(
+        "lockgate_l4_connections_open",
+        "Connections and flows open.",
+        Value::Level(|slot| slot.open.value()),
+    ),
+    Family::new(
+        "lockgate_l4_connections_failed_total",
+        "Connections and flows for which no endpoint could be reached.",
+        Value::Count(|slot| slot.failed.value()),
+    ),
+    Family::new(
+        "lockgate_l4_connections_idle_total",
+        "Connections and flows ended because nobody spoke for too long.",
+        Value::Count(|slot| slot.idle.value()),
+    ),
+    Family::new(
+        "lockgate_l4_bytes_total",
+        "Bytes relayed from clients (in) and to clients (out).",
+        Value::Counts(|slot| slot.bytes_in.value(), |slot| slot.bytes_out.value()),
+    ),
+    Family::new(
+        "lockgate_l4_datagrams_total",
+        "Datagrams relayed from clients (in) and to clients (out).",
+        Value::Counts(|slot| slot.datagrams_in.value(), |slot| slot.datagrams_out.value()),
+    ),
+    Family::new(
+        "lockgate_l4_datagrams_dropped_total",
+        "Datagrams that could not be passed on.",
+        Value::Count(|slot| slot.dropped.value()),
+    ),
+    Family::new(
+        "lockgate_l4_flows_evicted_total",
+        "Flows that waited for an answer and had to make room for a new one.",
+        Value::Count(|slot| slot.evicted.value()),
+    ),
 ];
 
 pub(super) fn described() -> impl Iterator<Item = (&'static str, &'static str, &'static [&'static str])> {

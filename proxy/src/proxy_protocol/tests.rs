@@ -197,32 +197,21 @@ fn what_is_written_is_read() {
     }
 }
 
-/// Bytes close to a header are read without a panic, and the answer for a
-/// beginning never contradicts the answer for the whole.
 #[test]
 fn anything_may_come() {
-    let mut random = fastrand::Rng::with_seed(2);
     let seeds = [
         b"PROXY TCP4 192.0.2.1 198.51.100.2 4711 443\r\nGET /".to_vec(),
         b"PROXY UNKNOWN\r\n".to_vec(),
         summed(&with_extension(2, b"shop")),
         v2(0x21, UNIX_STREAM, &[0; 230]),
     ];
-    for _ in 0..20_000 {
-        let mut input = seeds[random.usize(..seeds.len())].clone();
-        for _ in 0..random.usize(..4) {
-            let at = random.usize(..input.len());
-            input[at] = random.u8(..);
-        }
-        input.truncate(random.usize(..=input.len()));
-        let whole = parse(&input);
-        for end in 0..input.len() {
-            match parse(&input[..end]) {
-                Ok(Parsed::Incomplete) => {}
-                decided => assert_eq!(decided, whole, "{end} of {input:?}"),
-            }
-        }
-    }
+    crate::fuzz::tests::anything_may_come(
+        20_000,
+        fastrand::Rng::with_seed(2),
+        |random| seeds[random.usize(..seeds.len())].clone(),
+        parse,
+        |parsed| matches!(parsed, Ok(Parsed::Incomplete)),
+    );
 }
 
 #[test]

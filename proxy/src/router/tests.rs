@@ -4,7 +4,9 @@ use super::path_trie::tests::{naive, random_path, random_rule};
 use super::*;
 use crate::balance::Turns;
 use crate::split::Choice;
-use crate::table::{Action, Backend, Endpoint, Host, HostPattern, Override, Pool, Rule, Split, Sticky, When};
+use crate::table::{
+    Action, Backend, Endpoint, Host, HostPattern, Override, Pool, PoolKey, Rule, Split, Sticky, When,
+};
 use crate::view::tests::Lines;
 
 const HOSTS: [&str; 8] =
@@ -245,9 +247,10 @@ fn a_change_compiles_nothing_else() {
     for host in ["a", "b"] {
         assert!(Arc::ptr_eq(&rules_of(&second, host), &rules_of(&third, host)), "{host}");
     }
-    let id = |router: &Router, index: usize| router.pool_by_key(&key(0)).unwrap().endpoints[index].live.id;
-    assert_eq!(id(&second, 1), id(&third, 0), "an endpoint that stays keeps its live state");
-    assert_eq!(second.pool_by_key(&key(0)).unwrap().endpoints[0].live.address.port(), 1);
+    let pool_of = |router: &Router| router.share_pool(router.slots.get(&key(0)).unwrap());
+    let live_id = |router: &Router, index: usize| pool_of(router).endpoints[index].live.id;
+    assert_eq!(live_id(&second, 1), live_id(&third, 0), "an endpoint that stays keeps its live state");
+    assert_eq!(pool_of(&second).endpoints[0].live.address.port(), 1);
 }
 
 #[test]

@@ -144,6 +144,26 @@ pub struct Session {
     pub holds_backend: bool,
 }
 
+impl Session {
+    /// A cookie with no attribute that was asked for, which holds on to its backend.
+    pub fn new(cookie: &str, affinity: Affinity) -> Session {
+        Session {
+            cookie: cookie.into(),
+            affinity,
+            path: None,
+            domain: None,
+            expires: None,
+            max_age: None,
+            same_site: None,
+            conditional_none: false,
+            secure: None,
+            partitioned: false,
+            change_on_failure: false,
+            holds_backend: true,
+        }
+    }
+}
+
 /// What a session cookie holds on to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,22 +1,13 @@
-//! HTTP/2 in raw frames, for what no library would send.
+//! The HTTP/2 messages of the lists, as frames that no library would send.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its own part of this")]
 
-use std::io::{Read, Write};
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
+use super::frames::*;
 use super::messages::{Case, unescape};
 use super::toy::{PATIENCE, connect};
-
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const GOAWAY: u8 = 7;
-
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
-const ACK: u8 = 1;
 
 /// What is sent behind a message, to see that the connection still serves.
 const LAST: &str = ":method=GET :scheme=http :authority=a :path=/last";
@@ -26,18 +17,14 @@ const LAST: &str = ":method=GET :scheme=http :authority=a :path=/last";
 pub fn exchange(address: SocketAddr, case: &Case, silence: Option<Duration>) -> String {
     let mut stream = connect(address);
     stream.set_read_timeout(silence.or(Some(PATIENCE))).unwrap();
-    let mut sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-    frame(&mut sent, SETTINGS, 0, 0, &[]);
-    message(&mut sent, 1, &case.written);
+    let sent = [PREFACE, &frame(SETTINGS, 0, 0, &[]), &message(1, &case.written)].concat();
     stream.write_all(&sent).unwrap();
     let first = outcome(&mut stream, 1);
     if first.parse::<u16>().is_err() && first != "reset" {
         return first;
     }
-    let mut sent = Vec::new();
-    message(&mut sent, 3, LAST);
     // Its end may already be on its way here.
-    let _ = stream.write_all(&sent);
+    let _ = stream.write_all(&message(3, LAST));
     match outcome(&mut stream, 3).as_str() {
         "200" => first,
         second => format!("{first},{second}"),
@@ -48,14 +35,12 @@ pub fn exchange(address: SocketAddr, case: &Case, silence: Option<Duration>) -> 
 fn outcome(stream: &mut TcpStream, id: u32) -> String {
     let mut status = None;
     loop {
-        let Some((kind, flags, on, payload)) = read(stream) else {
+        let Ok(Frame { kind, flags, stream: on, payload }) = read_frame(stream) else {
             return status.map_or("close".to_owned(), |s| format!("{s},close"));
         };
         match kind {
             SETTINGS if flags & ACK == 0 => {
-                let mut ack = Vec::new();
-                frame(&mut ack, SETTINGS, ACK, 0, &[]);
-                let _ = stream.write_all(&ack);
+                let _ = stream.write_all(&frame(SETTINGS, ACK, 0, &[]));
             }
             GOAWAY if payload[4..8] != [0; 4] => return "goaway".to_owned(),
             RST_STREAM if on == id && status.is_none() => return "reset".to_owned(),
@@ -69,32 +54,18 @@ fn outcome(stream: &mut TcpStream, id: u32) -> String {
     }
 }
 
-fn read(stream: &mut TcpStream) -> Option<(u8, u8, u32, Vec<u8>)> {
-    let mut head = [0; 9];
-    stream.read_exact(&mut head).ok()?;
-    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
-    let mut payload = vec![0; length];
-    stream.read_exact(&mut payload).ok()?;
-    Some((head[3], head[4], u32::from_be_bytes([head[5], head[6], head[7], head[8]]), payload))
-}
-
-fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-    out.extend_from_slice(&(payload.len() as u32).to_be_bytes()[1..]);
-    out.extend_from_slice(&[kind, flags]);
-    out.extend_from_slice(&stream.to_be_bytes());
-    out.extend_from_slice(payload);
-}
-
 /// The frames of a message as the lists write it: fields, then ` ; ` between data and trailers.
-fn message(out: &mut Vec<u8>, stream: u32, text: &str) {
+fn message(stream: u32, text: &str) -> Vec<u8> {
     let parts: Vec<_> = text.split(" ; ").collect();
-    for (index, part) in parts.iter().enumerate() {
-        let end = if index + 1 == parts.len() { END_STREAM } else { 0 };
+    let last = parts.len() - 1;
+    let frames = parts.iter().enumerate().flat_map(|(index, part)| {
+        let end = if index == last { END_STREAM } else { 0 };
         match part.strip_prefix("DATA ") {
-            Some(data) => frame(out, DATA, end, stream, &unescape(data)),
-            None => frame(out, HEADERS, end | END_HEADERS, stream, &block(part)),
+            Some(data) => frame(DATA, end, stream, &unescape(data)),
+            None => frame(HEADERS, end | END_HEADERS, stream, &block(part)),
         }
-    }
+    });
+    frames.collect()
 }
 
 /// Header fields, each a literal never indexed, without Huffman (RFC 7541 section 6.2.3).
@@ -107,12 +78,6 @@ fn block(fields: &str) -> Vec<u8> {
         string(&mut block, &unescape(value));
     }
     block
-}
-
-fn string(block: &mut Vec<u8>, bytes: &[u8]) {
-    assert!(bytes.len() < 127, "no longer lengths are written");
-    block.push(bytes.len() as u8);
-    block.extend_from_slice(bytes);
 }
 
 /// `:status`, the first field of a response: indexed, or a literal with an indexed name.

@@ -1,7 +1,7 @@
 //! HTTP/2 as bytes: a peer that sends whatever frames a test wants, and keeps to no rule.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its own part of this")]
 
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -28,7 +28,7 @@ pub const FLOW_CONTROL_ERROR: u32 = 3;
 pub const CANCEL: u32 = 8;
 pub const ENHANCE_YOUR_CALM: u32 = 11;
 
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// One frame.
 pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -49,7 +49,7 @@ pub fn field(name: &[u8], value: &[u8]) -> Vec<u8> {
 }
 
 /// A string literal without Huffman coding (RFC 7541 section 5.2).
-fn string(out: &mut Vec<u8>, text: &[u8]) {
+pub fn string(out: &mut Vec<u8>, text: &[u8]) {
     match text.len() {
         n @ 0..127 => out.push(n as u8),
         n => {
@@ -216,7 +216,8 @@ impl Drop for Peer {
     }
 }
 
-fn read_frame(stream: &mut TcpStream) -> io::Result<Frame> {
+/// The next frame.
+pub fn read_frame(stream: &mut impl io::Read) -> io::Result<Frame> {
     let mut head = [0; 9];
     stream.read_exact(&mut head)?;
     let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];

@@ -20,20 +20,7 @@ fn pool(ports: impl IntoIterator<Item = u16>, key: &str) -> CompiledPool {
 }
 
 fn session(affinity: Affinity) -> Session {
-    Session {
-        cookie: "s".into(),
-        affinity,
-        path: None,
-        domain: None,
-        expires: None,
-        max_age: None,
-        same_site: None,
-        conditional_none: false,
-        secure: None,
-        partitioned: false,
-        change_on_failure: false,
-        holds_backend: true,
-    }
+    Session::new("s", affinity)
 }
 
 /// One request of a client with this cookie: the port that took it, and the
@@ -184,75 +171,44 @@ fn a_failure_moves_a_session_only_if_it_may() {
 
 #[test]
 fn the_header_line_says_what_was_configured() {
-    let agent = |text| Some(text);
-    let cases: &[(Session, bool, Option<&str>, &str)] = &[
-        (session(Affinity::Persistent), true, None, "; Path=/shop; Secure; HttpOnly"),
+    type Set = fn(&mut Session);
+    let none: Set = |s| s.same_site = Some(SameSite::None);
+    let conditional: Set = |s| (s.same_site, s.conditional_none) = (Some(SameSite::None), true);
+    let every: Set = |s| {
+        (s.path, s.domain) = (Some("/".into()), Some("shop.example".into()));
+        (s.max_age, s.same_site, s.partitioned) = (Some(3600), Some(SameSite::Lax), true);
+    };
+    let (old, new) = (Some("Mozilla/5.0 Chrome/51.0"), Some("Mozilla/5.0 Chrome/120.0"));
+    let cases: [(Set, bool, Option<&str>, &str); 8] = [
+        (|_| {}, true, None, "; Path=/shop; Secure; HttpOnly"),
+        (|s| s.secure = Some(true), false, None, "; Path=/shop; Secure; HttpOnly"),
+        (|s| s.secure = Some(false), true, None, "; Path=/shop; HttpOnly"),
         (
-            Session { secure: Some(true), ..session(Affinity::Persistent) },
-            false,
-            None,
-            "; Path=/shop; Secure; HttpOnly",
-        ),
-        (
-            Session { secure: Some(false), ..session(Affinity::Persistent) },
-            true,
-            None,
-            "; Path=/shop; HttpOnly",
-        ),
-        (
-            Session {
-                path: Some("/".into()),
-                domain: Some("shop.example".into()),
-                max_age: Some(3600),
-                same_site: Some(SameSite::Lax),
-                partitioned: true,
-                ..session(Affinity::Persistent)
-            },
+            every,
             false,
             None,
             "; Max-Age=3600; Domain=shop.example; Path=/; HttpOnly; SameSite=Lax; Partitioned",
         ),
         (
-            Session { path: Some("/a;b".into()), max_age: Some(-1), ..session(Affinity::Persistent) },
+            |s| (s.path, s.max_age) = (Some("/a;b".into()), Some(-1)),
             false,
             None,
             "; Max-Age=-1; Path=/; HttpOnly",
         ),
-        (
-            Session { same_site: Some(SameSite::None), ..session(Affinity::Persistent) },
-            false,
-            agent("Mozilla/5.0 Chrome/51.0"),
-            "; Path=/shop; HttpOnly; SameSite=None",
-        ),
-        (
-            Session {
-                same_site: Some(SameSite::None),
-                conditional_none: true,
-                ..session(Affinity::Persistent)
-            },
-            false,
-            agent("Mozilla/5.0 Chrome/51.0"),
-            "; Path=/shop; HttpOnly",
-        ),
-        (
-            Session {
-                same_site: Some(SameSite::None),
-                conditional_none: true,
-                ..session(Affinity::Persistent)
-            },
-            false,
-            agent("Mozilla/5.0 Chrome/120.0"),
-            "; Path=/shop; HttpOnly; SameSite=None",
-        ),
+        (none, false, old, "; Path=/shop; HttpOnly; SameSite=None"),
+        (conditional, false, old, "; Path=/shop; HttpOnly"),
+        (conditional, false, new, "; Path=/shop; HttpOnly; SameSite=None"),
     ];
     let pool = pool(1..=2, "key");
     let turns = Turns::default();
-    for (session, https, agent, expected) in cases {
+    for (set, https, agent, expected) in cases {
+        let mut session = session(Affinity::Persistent);
+        set(&mut session);
         let headers: Vec<(&str, &str)> = agent.iter().map(|agent| ("user-agent", *agent)).collect();
-        let seat = Seat::of(session, TAG, &pool, &Lines::new(&headers), *https, &turns, 0);
+        let seat = Seat::of(&session, TAG, &pool, &Lines::new(&headers), https, &turns, 0);
         let mut line = SmallVec::new();
         let path = PathMatch::Prefix("/shop".into());
-        seat.write_cookie(session, TAG, &pool, &path, pool.endpoints[0].live.id, &turns, &mut line);
+        seat.write_cookie(&session, TAG, &pool, &path, pool.endpoints[0].live.id, &turns, &mut line);
         let line = String::from_utf8(line.to_vec()).unwrap();
         assert_eq!(line.split_once(';').unwrap().1.trim_end(), expected[1..].trim_end(), "{session:?}");
     }

@@ -30,7 +30,7 @@ pub(super) fn request(
 ) -> Result<Request<()>, Reject> {
     let malformed = Reject { status: 400, reason: "malformed request" };
     let mut headers = HeaderMap::with_capacity(head.headers.len() + 8);
-    for (header, field) in head.headers.iter().zip(&head.fields) {
+    for (header, field) in head.headers.iter().zip(&*head.fields) {
         let nominated = head.nominated.iter().any(|n| n.eq_ignore_ascii_case(header.name.as_bytes()));
         let keep = match field {
             Field::Other => !nominated,

@@ -321,6 +321,18 @@ enum Broken {
     Midway(&'static str),
 }
 
+impl Broken {
+    /// The rest of the body does not come.
+    fn midway(failure: Failure) -> Broken {
+        Broken::Midway(match failure {
+            Failure::Late => "endpoint timed out within a response body",
+            Failure::Overdue => "request timed out within a response body",
+            Failure::Client => "client closed the connection",
+            Failure::Answer(_, reason) | Failure::Endpoint(reason) | Failure::Nonsense(reason) => reason,
+        })
+    }
+}
+
 /// Writes to a client that is still sending its body, and takes that body on
 /// meanwhile: a client may well read nothing before it has written everything.
 #[expect(clippy::manual_async_fn, reason = "an async fn would hold its arguments twice")]
@@ -421,19 +433,7 @@ fn deliver(
                     return Ok(());
                 }
             }
-            ended = match step(order, timer, source, endpoint, answer).await {
-                Ok(n) => n == 0,
-                Err(Failure::Late) => {
-                    return Err(Broken::Midway("endpoint timed out within a response body"));
-                }
-                Err(Failure::Overdue) => {
-                    return Err(Broken::Midway("request timed out within a response body"));
-                }
-                Err(Failure::Client) => return Err(Broken::Midway("client closed the connection")),
-                Err(Failure::Answer(_, reason) | Failure::Endpoint(reason) | Failure::Nonsense(reason)) => {
-                    return Err(Broken::Midway(reason));
-                }
-            };
+            ended = step(order, timer, source, endpoint, answer).await.map_err(Broken::midway)? == 0;
         }
     }
 }

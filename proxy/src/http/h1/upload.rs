@@ -1,5 +1,6 @@
 //! A request body on its way from the client to an HTTP/1 endpoint.
 
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use crate::http::exchange::{Piece, UploadError};
 use crate::http::head::Framing;
 use crate::http::kept::Kept;
 
-use super::{Shape, pin};
+use super::Shape;
 
 /// Moves the body piece by piece; nothing is read from the client that the
 /// endpoint has not made room for.
@@ -128,7 +129,7 @@ impl Upload {
         loop {
             self.awaits_client = false;
             if self.done {
-                ready!(pin(endpoint).poll_flush(cx)).map_err(|_| UploadError::Endpoint)?;
+                ready!(Pin::new(&mut *endpoint).poll_flush(cx)).map_err(|_| UploadError::Endpoint)?;
                 return Poll::Ready(Ok(()));
             }
             if self.poll_write(cx, input, endpoint)?.is_ready() {
@@ -138,7 +139,7 @@ impl Upload {
                 return Poll::Pending;
             }
             // All that came has left; make sure it really has before waiting for more.
-            if pin(endpoint).poll_flush(cx).map_err(|_| UploadError::Endpoint)?.is_pending() {
+            if Pin::new(&mut *endpoint).poll_flush(cx).map_err(|_| UploadError::Endpoint)?.is_pending() {
                 return Poll::Pending;
             }
             self.awaits_client = true;
@@ -221,7 +222,7 @@ impl Upload {
         endpoint: &mut Conn,
     ) -> Result<Poll<()>, UploadError> {
         if !self.kept.unwritten().is_empty() {
-            let written = pin(endpoint).poll_write(cx, self.kept.unwritten());
+            let written = Pin::new(&mut *endpoint).poll_write(cx, self.kept.unwritten());
             let Poll::Ready(n) = written.map_err(|_| UploadError::Endpoint)? else {
                 return Ok(Poll::Pending);
             };
@@ -236,7 +237,7 @@ impl Upload {
                 if available == 0 {
                     return Ok(Poll::Pending);
                 }
-                let written = pin(endpoint).poll_write(cx, &input.filled()[..available]);
+                let written = Pin::new(&mut *endpoint).poll_write(cx, &input.filled()[..available]);
                 let Poll::Ready(n) = written.map_err(|_| UploadError::Endpoint)? else {
                     return Ok(Poll::Pending);
                 };
@@ -262,7 +263,7 @@ impl Upload {
                 if self.written == self.encoded.len() {
                     return Ok(Poll::Pending);
                 }
-                let written = pin(endpoint).poll_write(cx, &self.encoded[self.written..]);
+                let written = Pin::new(&mut *endpoint).poll_write(cx, &self.encoded[self.written..]);
                 let Poll::Ready(n) = written.map_err(|_| UploadError::Endpoint)? else {
                     return Ok(Poll::Pending);
                 };

@@ -90,19 +90,8 @@ pub(super) fn plan<'r, 'q>(
                     write_request(&mut plan, client, &forwarded, request, framing(request, body));
                 }
                 UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
-                    let mut upstream = request.clone();
-                    let headers = upstream.headers_mut();
-                    let replaced: SmallVec<[_; 8]> =
-                        headers.keys().filter(|n| map::is_replaced(n)).cloned().collect();
-                    for name in replaced {
-                        headers.remove(name);
-                    }
-                    if plan.websocket.is_some() {
-                        websocket::remove_handshake(headers);
-                    }
-                    map::add_forwarded(headers, client, &forwarded, plan.authority, &plan.id);
-                    plan.request =
-                        Some(with_authority(upstream, map::scheme(pool.protocol), plan.authority)?);
+                    let scheme = map::scheme(pool.protocol);
+                    plan.request = Some(upstream_request(&plan, client, &forwarded, request, scheme)?);
                 }
             }
         }
@@ -148,6 +137,27 @@ fn require_form(request: &Request<()>, target: &str) -> Result<(), Reject> {
         return bad("duplicate Content-Length");
     }
     Ok(())
+}
+
+/// The request for an HTTP/2 endpoint.
+fn upstream_request(
+    plan: &Plan<'_>,
+    client: &Client,
+    forwarded: &Forwarded<'_>,
+    request: &Request<()>,
+    scheme: &str,
+) -> Result<Request<()>, Reject> {
+    let mut upstream = request.clone();
+    let headers = upstream.headers_mut();
+    let replaced: SmallVec<[_; 8]> = headers.keys().filter(|n| map::is_replaced(n)).cloned().collect();
+    for name in replaced {
+        headers.remove(name);
+    }
+    if plan.websocket.is_some() {
+        websocket::remove_handshake(headers);
+    }
+    map::add_forwarded(headers, client, forwarded, plan.authority, &plan.id);
+    with_authority(upstream, scheme, plan.authority)
 }
 
 fn with_authority(mut request: Request<()>, scheme: &str, authority: &[u8]) -> Result<Request<()>, Reject> {

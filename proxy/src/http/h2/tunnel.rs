@@ -6,7 +6,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::AsyncWrite as _;
 use tokio::time::Instant;
@@ -128,31 +128,24 @@ impl Pipe {
         from: &mut RecvStream,
         to: &mut Conn,
     ) -> Poll<Result<(), Broken>> {
-        if self.shut {
-            return Poll::Pending;
-        }
-        let mut moved = false;
-        loop {
-            while !self.pending.is_empty() {
-                match Pin::new(&mut *to).poll_write(cx, &self.pending).map_err(|_| Broken)? {
-                    Poll::Ready(0) => return Poll::Ready(Err(Broken)),
-                    Poll::Ready(n) => drop(self.pending.split_to(n)),
-                    Poll::Pending => return progress(moved),
-                }
-                moved = true;
+        self.poll_steps(|pipe| {
+            if !pipe.pending.is_empty() {
+                return match ready!(Pin::new(&mut *to).poll_write(cx, &pipe.pending)) {
+                    Ok(n @ 1..) => {
+                        pipe.pending.advance(n);
+                        Poll::Ready(Ok(true))
+                    }
+                    Ok(0) | Err(_) => Poll::Ready(Err(Broken)),
+                };
             }
-            if self.ended {
+            if pipe.ended {
                 ready!(Pin::new(&mut *to).poll_shutdown(cx)).map_err(|_| Broken)?;
-                self.shut = true;
-                return Poll::Ready(Ok(()));
+                pipe.shut = true;
+                return Poll::Ready(Ok(true));
             }
-            if Pin::new(&mut *to).poll_flush(cx).map_err(|_| Broken)?.is_pending() {
-                return progress(moved);
-            }
-            if self.poll_receive(cx, from)?.is_pending() {
-                return progress(moved);
-            }
-        }
+            ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(|_| Broken)?;
+            pipe.poll_receive(cx, from).map_ok(|()| false)
+        })
     }
 
     fn poll_from_conn(
@@ -162,31 +155,21 @@ impl Pipe {
         buffer: &mut Buffer,
         to: &mut SendStream<Bytes>,
     ) -> Poll<Result<(), Broken>> {
-        if self.shut {
-            return Poll::Pending;
-        }
-        let mut moved = false;
-        loop {
-            while !buffer.is_empty() {
-                let Poll::Ready(room) = poll_room(cx, to, buffer.len().min(PIECE)) else {
-                    return progress(moved);
-                };
-                let room = room.ok_or(Broken)?;
+        self.poll_steps(|pipe| {
+            if !buffer.is_empty() {
+                let room = ready!(poll_room(cx, to, buffer.len().min(PIECE))).ok_or(Broken)?;
                 let piece = Bytes::copy_from_slice(&buffer.filled()[..room]);
                 to.send_data(piece, false).map_err(|_| Broken)?;
                 buffer.consume(room);
-                moved = true;
+                return Poll::Ready(Ok(true));
             }
             buffer.release();
-            if self.ended {
-                return self.end(to);
+            if pipe.ended {
+                return Poll::Ready(pipe.end(to));
             }
-            match from.poll_fill(cx, buffer).map_err(|_| Broken)? {
-                Poll::Ready(0) => self.ended = true,
-                Poll::Ready(_) => {}
-                Poll::Pending => return progress(moved),
-            }
-        }
+            pipe.ended = ready!(from.poll_fill(cx, buffer)).map_err(|_| Broken)? == 0;
+            Poll::Ready(Ok(false))
+        })
     }
 
     fn poll_stream(
@@ -195,34 +178,38 @@ impl Pipe {
         from: &mut RecvStream,
         to: &mut SendStream<Bytes>,
     ) -> Poll<Result<(), Broken>> {
-        if self.shut {
-            return Poll::Pending;
-        }
-        let mut moved = false;
-        loop {
-            while !self.pending.is_empty() {
-                let Poll::Ready(room) = poll_room(cx, to, self.pending.len()) else {
-                    return progress(moved);
-                };
-                let piece = self.pending.split_to(room.ok_or(Broken)?);
+        self.poll_steps(|pipe| {
+            if !pipe.pending.is_empty() {
+                let room = ready!(poll_room(cx, to, pipe.pending.len())).ok_or(Broken)?;
+                let piece = pipe.pending.split_to(room);
                 to.send_data(piece, false).map_err(|_| Broken)?;
-                moved = true;
+                return Poll::Ready(Ok(true));
             }
-            if self.ended {
-                return self.end(to);
+            if pipe.ended {
+                return Poll::Ready(pipe.end(to));
             }
-            if self.poll_receive(cx, from)?.is_pending() {
-                return progress(moved);
+            pipe.poll_receive(cx, from).map_ok(|()| false)
+        })
+    }
+
+    /// Takes steps, which say whether they passed something on, until one has to
+    /// wait. `Ready` when any did.
+    fn poll_steps(
+        &mut self,
+        mut step: impl FnMut(&mut Pipe) -> Poll<Result<bool, Broken>>,
+    ) -> Poll<Result<(), Broken>> {
+        let mut moved = false;
+        while !self.shut {
+            match step(self)? {
+                Poll::Ready(passed) => moved |= passed,
+                Poll::Pending => break,
             }
         }
+        if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
-    fn end(&mut self, to: &mut SendStream<Bytes>) -> Poll<Result<(), Broken>> {
+    fn end(&mut self, to: &mut SendStream<Bytes>) -> Result<bool, Broken> {
         self.shut = true;
-        Poll::Ready(to.send_data(Bytes::new(), true).map_err(|_| Broken))
+        to.send_data(Bytes::new(), true).map(|()| true).map_err(|_| Broken)
     }
-}
-
-fn progress(moved: bool) -> Poll<Result<(), Broken>> {
-    if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
 }
