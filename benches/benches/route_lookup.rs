@@ -50,6 +50,7 @@ fn host(n: usize, weight: u32, own_paths: bool) -> Arc<Host> {
             sticky: None,
         }),
         limits: RuleLimits::default(),
+        edits: None,
     };
     Arc::new(Host { rules: PATHS.iter().map(rule).collect() })
 }

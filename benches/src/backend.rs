@@ -8,10 +8,20 @@ use anyhow::{Context, Result};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
-/// Serves on `address` until it is killed. Requests must have no body.
-pub(crate) fn run(address: SocketAddr, body: usize) -> Result<()> {
+/// Serves on `address` until it is killed. Requests must have no body. A connection whose
+/// first request came through a proxy and has no field `required` is closed: that is looked at
+/// once, so that it costs nothing.
+pub(crate) fn run(address: SocketAddr, body: usize, required: Option<String>) -> Result<()> {
     let answer: &'static [u8] = answer(body).leak();
-    accept(address, async move |stream| serve(stream, answer).await)
+    let required: Option<&'static str> = required.map(|name| &*name.to_ascii_lowercase().leak());
+    accept(address, async move |stream| serve(stream, answer, required).await)
+}
+
+/// Whether a request that a proxy has passed on lacks the field `name` (lower case).
+fn lacks(request: &[u8], name: &str) -> bool {
+    let text = String::from_utf8_lossy(request).to_ascii_lowercase();
+    let has = |name: &str| text.lines().any(|line| line.split_once(':').is_some_and(|(n, _)| n == name));
+    has("x-forwarded-for") && !has(name)
 }
 
 /// Hands every connection to `serve`, all on one thread, until it is killed.
@@ -47,7 +57,7 @@ fn answer(body: usize) -> Vec<u8> {
 }
 
 /// Ends with the connection, whoever closes it and why.
-async fn serve(mut stream: TcpStream, answer: &'static [u8]) {
+async fn serve(mut stream: TcpStream, answer: &'static [u8], mut required: Option<&'static str>) {
     let mut buffer = [0; 16 * 1024];
     let mut matched = 0;
     loop {
@@ -55,6 +65,9 @@ async fn serve(mut stream: TcpStream, answer: &'static [u8]) {
             Ok(0) | Err(_) => return,
             Ok(read) => read,
         };
+        if required.take().is_some_and(|name| lacks(&buffer[..read], name)) {
+            return;
+        }
         for _ in 0..ends(&buffer[..read], &mut matched) {
             if stream.write_all(answer).await.is_err() {
                 return;
@@ -98,6 +111,18 @@ mod tests {
             let mut matched = 0;
             let counted: usize = reads.iter().map(|read| ends(read.as_bytes(), &mut matched)).sum();
             assert_eq!(counted, expected, "{reads:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_proxy_left_out_is_noticed() {
+        for (request, missing) in [
+            ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", false),
+            ("GET / HTTP/1.1\r\nX-Forwarded-For: 1\r\n\r\n", true),
+            ("GET / HTTP/1.1\r\nX-Forwarded-For: 1\r\nX-Team: a\r\n\r\n", false),
+            ("GET / HTTP/1.1\r\nx-forwarded-for: 1\r\nx-teams: a\r\n\r\n", true),
+        ] {
+            assert_eq!(lacks(request.as_bytes(), "x-team"), missing, "{request:?}");
         }
     }
 

@@ -65,6 +65,9 @@ enum Part {
         address: SocketAddr,
         #[arg(long, default_value_t = 1024)]
         body: usize,
+        /// A header field without which it answers no proxy.
+        #[arg(long)]
+        require: Option<String>,
     },
     /// Sends back what it gets.
     #[command(hide = true)]
@@ -90,7 +93,7 @@ fn main() -> Result<()> {
             raw::read(&json)?.scenarios.iter().for_each(report::print);
             Ok(())
         }
-        Some(Part::Backend { address, body }) => backend::run(address, body),
+        Some(Part::Backend { address, body, require }) => backend::run(address, body, require),
         Some(Part::Echo { address }) => stream::echo(address),
         Some(Part::Source { address }) => stream::source(address),
         Some(Part::Relay { address, to }) => stream::relay(address, to),

@@ -23,7 +23,7 @@ pub(crate) enum Scenario {
     All,
     /// HTTP/1.1 keep-alive, 1 KB, 64 connections.
     Http1,
-    /// The same with 10,000 hosts, a JSON access log and metrics per route.
+    /// The same with 10,000 hosts, a JSON access log, metrics per route and two header edits.
     Http1Full,
     /// A connection per request.
     Close,

@@ -26,6 +26,10 @@ pub(crate) use lockgate::{EDITED, Edits};
 /// The host of every request.
 pub(crate) const HOST: &str = "bench.example";
 
+/// What is set in requests, and in responses, where a task wants that.
+pub(crate) const REQUEST_EDIT: (&str, &str) = ("X-Bench-Request", "set-by-the-gateway");
+pub(crate) const RESPONSE_EDIT: (&str, &str) = ("X-Bench-Response", "set-by-the-gateway");
+
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Kind {
@@ -87,6 +91,8 @@ pub(crate) struct Task {
     pub(crate) apart: bool,
     /// A line per request.
     pub(crate) log: bool,
+    /// One field is set in every request, and one in every response.
+    pub(crate) edits: bool,
     /// Much goes one way, for which some have to be told.
     pub(crate) bulk: bool,
     /// Not bound to a CPU.
@@ -98,7 +104,16 @@ pub(crate) struct Task {
 impl Task {
     /// One host, one CPU, no log.
     pub(crate) fn new(front: Front) -> Task {
-        Task { front, hosts: 1, apart: false, log: false, bulk: false, loose: false, arguments: Vec::new() }
+        Task {
+            front,
+            hosts: 1,
+            apart: false,
+            log: false,
+            edits: false,
+            bulk: false,
+            loose: false,
+            arguments: Vec::new(),
+        }
     }
 }
 
@@ -245,8 +260,17 @@ pub(crate) struct Backend {
 impl Backend {
     /// This program's own one, on the load's CPU.
     pub(crate) fn http(body: usize) -> Result<Backend> {
-        let backend = Backend::start("backend", &["--body", &body.to_string()], body)?;
-        let mut backend = backend;
+        Backend::answering(body, &[])
+    }
+
+    /// The same, for proxies that set [`REQUEST_EDIT`] in every request.
+    pub(crate) fn expecting_edits(body: usize) -> Result<Backend> {
+        Backend::answering(body, &["--require", REQUEST_EDIT.0])
+    }
+
+    fn answering(body: usize, options: &[&str]) -> Result<Backend> {
+        let length = body.to_string();
+        let mut backend = Backend::start("backend", &[&["--body", &length], options].concat(), body)?;
         backend.process.wait(|| probe::http(backend.address, body)).context("backend")?;
         Ok(backend)
     }

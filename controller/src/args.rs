@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use crate::source::FolderOptions;
 use crate::store::Key;
-use crate::translate::{Options, StreamOptions};
+use crate::translate::{HeaderOptions, Options, StreamOptions};
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
 use lockgate_proxy::config::{Config, Drain, L4Options, ProxyProtocol};
 use lockgate_proxy::table::Balance;
@@ -28,7 +28,7 @@ pub use resilience::ResilienceArgs;
 pub use timeouts::TimeoutArgs;
 pub use values::{Size, Span};
 
-use values::{parse_balance, parse_key, parse_network};
+use values::{parse_balance, parse_header_name, parse_key, parse_network};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -148,6 +148,17 @@ pub struct ObjectArgs {
     /// The same for UDP
     #[arg(long, value_name = "NAMESPACE/NAME", env = "LOCKGATE_UDP_SERVICES_CONFIGMAP", value_parser = parse_key)]
     pub udp_services_configmap: Option<Key>,
+    /// The ConfigMap of headers that endpoints get with every request. They replace the client's; an
+    /// empty value takes a header away
+    #[arg(long, value_name = "NAMESPACE/NAME", env = "LOCKGATE_PROXY_SET_HEADERS", value_parser = parse_key)]
+    pub proxy_set_headers: Option<Key>,
+    /// The ConfigMap of headers that clients get with every response. They replace the endpoint's
+    #[arg(long, value_name = "NAMESPACE/NAME", env = "LOCKGATE_ADD_HEADERS", value_parser = parse_key)]
+    pub add_headers: Option<Key>,
+    /// The response headers that Ingresses may set by the annotation custom-headers. None unless given
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = parse_header_name)]
+    #[arg(env = "LOCKGATE_GLOBAL_ALLOWED_RESPONSE_HEADERS")]
+    pub global_allowed_response_headers: Vec<String>,
     /// How endpoints are chosen where no Ingress says otherwise: round_robin, ewma or least_request
     #[arg(long, value_name = "NAME", default_value = "round_robin", env = "LOCKGATE_LOAD_BALANCE", value_parser = parse_balance)]
     pub load_balance: Balance,
@@ -169,6 +180,11 @@ impl ObjectArgs {
                 tcp_services: self.tcp_services_configmap.clone(),
                 udp_services: self.udp_services_configmap.clone(),
                 ..StreamOptions::default()
+            },
+            headers: HeaderOptions {
+                proxy_set_headers: self.proxy_set_headers.clone(),
+                add_headers: self.add_headers.clone(),
+                allowed_response_headers: self.global_allowed_response_headers.clone(),
             },
             load_balance: self.load_balance,
             ..Options::default()

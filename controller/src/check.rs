@@ -1,6 +1,6 @@
 //! `lockgate check`: what manifests will do here, before they do it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use serde::{Serialize, Serializer};
 use crate::args::{CheckArgs, ObjectArgs, Output};
 use crate::objects::{Kind, Level, Notice, ObjectRef};
 use crate::source::{Contents, FileProblem, Snapshot, read_into, walk};
+use crate::store::{Key, Store};
 use crate::text::{Text, Tone, count, printable};
 use crate::translate::translate;
 
@@ -20,6 +21,9 @@ const NAME_WIDTH_MAX: usize = 48;
 
 /// Names listed of each kind that is not supported.
 const NAMES_MAX: usize = 3;
+
+/// The annotation that names a ConfigMap.
+const CUSTOM_HEADERS: &str = "nginx.ingress.kubernetes.io/custom-headers";
 
 /// What becomes of one object. The order is that of severity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -192,8 +196,11 @@ impl Report {
         };
         let worst = objects.iter().map(|entry| entry.verdict).chain(problems.iter().map(of_problem)).max();
         let mut unused = snapshot.unused.clone();
-        let (store, streams) = (&snapshot.store, args.options().streams);
-        let config_maps = store.config_maps.keys().filter(|key| streams.names(key)).count();
+        let (store, options) = (&snapshot.store, args.options());
+        let custom = custom_headers(store);
+        let is_used =
+            |key: &&Key| options.streams.names(key) || options.headers.names(key) || custom.contains(*key);
+        let config_maps = store.config_maps.keys().filter(is_used).count();
         if store.config_maps.len() > config_maps {
             unused.insert("ConfigMap".to_owned(), store.config_maps.len() - config_maps);
         }
@@ -340,6 +347,15 @@ fn print_notice(text: &mut Text, notice: &Notice) {
     if !notice.remedy.is_empty() {
         text.plain("            ").put(Tone::Faint, &format!("-> {}", printable(&notice.remedy))).line();
     }
+}
+
+/// The ConfigMaps that Ingresses name.
+fn custom_headers(store: &Store) -> BTreeSet<Key> {
+    let named = store.ingresses.values().filter_map(|ingress| {
+        let (namespace, name) = ingress.annotations.get(CUSTOM_HEADERS)?.trim().split_once('/')?;
+        Some(Key::new(namespace, name))
+    });
+    named.collect()
 }
 
 fn used(snapshot: &Snapshot, config_maps: usize) -> BTreeMap<&'static str, usize> {

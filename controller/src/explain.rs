@@ -168,6 +168,7 @@ pub(crate) fn explain(text: &mut Text, router: &Router, question: &Question) -> 
         Action::Forward(split) => answer.split(split),
     }
     answer.limits(&rule.limits);
+    answer.headers(&rule);
     true
 }
 
@@ -402,6 +403,12 @@ impl Answer<'_> {
             addresses.join(", ")
         );
         self.more(Tone::Faint, &what);
+    }
+
+    fn headers(&mut self, rule: &Rule) {
+        for (index, line) in routes::headers(self.router.table(), rule).iter().enumerate() {
+            self.step(if index == 0 { "headers" } else { "" }, Tone::Plain, &printable(line));
+        }
     }
 
     fn limits(&mut self, limits: &RuleLimits) {

@@ -16,6 +16,7 @@ mod annotations;
 mod canary;
 mod certificates;
 mod endpoints;
+mod headers;
 mod host;
 mod ingresses;
 mod plan;
@@ -29,11 +30,13 @@ mod streams;
 mod wish;
 
 use certificates::Certificates;
+use headers::Headers;
 use ingresses::{Classes, Ingresses};
 use pools::Pools;
 use service::Services;
 use streams::Streams;
 
+pub use headers::HeaderOptions;
 pub use service::{NodeOptions, NodePorts, left_out};
 pub use streams::StreamOptions;
 pub(crate) use wish::balance;
@@ -56,6 +59,8 @@ pub struct Options {
     pub streams: StreamOptions,
     /// The node whose service plane this feeds. `None`: there is none.
     pub node: Option<NodeOptions>,
+    /// What is changed in the heads of requests and responses.
+    pub headers: HeaderOptions,
 }
 
 /// What should be live.
@@ -90,6 +95,7 @@ pub struct Translator {
     services: Services,
     certificates: Certificates,
     streams: Streams,
+    headers: Headers,
     #[cfg(test)]
     made: Made,
 }
@@ -113,12 +119,14 @@ struct Dirty {
     /// Of Ingresses.
     statuses: BTreeSet<Key>,
     streams: bool,
+    headers: bool,
 }
 
 impl Translator {
     /// A translator that has seen nothing yet.
     pub fn new(options: Options) -> Translator {
-        Translator { pools: Pools::new(&options), options, ..Translator::default() }
+        let (pools, headers) = (Pools::new(&options), Headers::new(&options.headers));
+        Translator { pools, headers, options, ..Translator::default() }
     }
 
     /// From the next translation on, the node has these addresses. Does nothing
@@ -134,11 +142,13 @@ impl Translator {
     pub fn translate(&mut self, store: &Store) -> Desired {
         let old = std::mem::replace(&mut self.store, store.clone());
         let first = old.is_empty();
-        let mut dirty = Dirty { default_certificate: first, streams: first, ..Dirty::default() };
+        let mut dirty =
+            Dirty { default_certificate: first, streams: first, headers: first, ..Dirty::default() };
         self.read_ingresses(&old, &mut dirty);
         self.read_endpoints(&old, &mut dirty);
         self.read_secrets(&old, &mut dirty);
         self.read_config_maps(&old, &mut dirty);
+        self.read_headers(&mut dirty);
         #[cfg(test)]
         let hosts = dirty.hosts.len();
         self.make_hosts(&mut dirty);
@@ -146,6 +156,7 @@ impl Translator {
         self.make_services(&dirty);
         self.make_certificates(&mut dirty);
         self.make_statuses(&dirty);
+        self.headers.forget();
         #[cfg(test)]
         {
             self.made.hosts += hosts;
@@ -225,13 +236,40 @@ impl Translator {
     }
 
     fn read_config_maps(&mut self, old: &Store, dirty: &mut Dirty) {
-        let mut changed = changes(&old.config_maps, &self.store.config_maps);
-        dirty.streams |= changed.any(|(key, _, _)| self.options.streams.names(key));
+        for (key, _, _) in changes(&old.config_maps, &self.store.config_maps) {
+            dirty.streams |= self.options.streams.names(key);
+            dirty.headers |= self.options.headers.names(key);
+            for ingress in self.ingresses.using_config_map(key) {
+                dirty.statuses.insert(ingress.clone());
+                dirty
+                    .hosts
+                    .extend(self.ingresses.plan(ingress).iter().flat_map(|plan| plan.contributes_to()));
+            }
+        }
+    }
+
+    /// What holds for all requests is said once; rules with edits of their own are made again.
+    fn read_headers(&mut self, dirty: &mut Dirty) {
+        if !dirty.headers {
+            return;
+        }
+        for (config_map, notices) in self.headers.read(&self.store) {
+            set_status(&mut self.desired, config_map.reference(Kind::ConfigMap), notices, true);
+        }
+        // A ConfigMap that is named for both is told of both.
+        dirty.streams = true;
+        let everywhere = self.headers.everywhere();
+        if self.desired.routes.edits != everywhere {
+            self.desired.routes.edits = everywhere;
+            dirty.hosts.extend(self.ingresses.with_headers().flat_map(|plan| plan.contributes_to()));
+        }
     }
 
     fn make_hosts(&mut self, dirty: &mut Dirty) {
         for pattern in std::mem::take(&mut dirty.hosts) {
-            let outcome = host::build(&pattern, &self.ingresses.with_rules_for(&pattern));
+            let plans = self.ingresses.with_rules_for(&pattern);
+            plans.iter().for_each(|plan| self.headers.load(plan, &self.store));
+            let outcome = host::build(&pattern, &plans, &mut self.headers);
             match outcome.host {
                 Some(host) => put(&mut self.desired.routes.hosts, pattern.clone(), host),
                 None => drop(self.desired.routes.hosts.remove(&pattern)),
@@ -322,6 +360,8 @@ impl Translator {
             let notices = match self.ingresses.plan(key) {
                 Some(plan) => {
                     let mut notices = status::of_plan(plan, &self.store, &mut self.certificates);
+                    self.headers.load(plan, &self.store);
+                    notices.extend(self.headers.notice(plan));
                     for host in plan.contributes_to() {
                         notices.extend(
                             self.hosts

@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 
 use lockgate_controller::objects::{Parsed, parse};
 use lockgate_controller::store::{Key, Store};
-use lockgate_controller::translate::{Desired, NodeOptions, Options, StreamOptions, translate};
+use lockgate_controller::translate::{
+    Desired, HeaderOptions, NodeOptions, Options, StreamOptions, translate,
+};
 use lockgate_ebpf::ServiceTable;
 use lockgate_proxy::Certificate;
 use serde::{Deserialize, Serialize};
@@ -24,6 +26,8 @@ struct Output {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     documents: Vec<String>,
     hosts: serde_yaml::Value,
+    #[serde(skip_serializing_if = "serde_yaml::Value::is_null")]
+    edits: serde_yaml::Value,
     #[serde(skip_serializing_if = "is_empty")]
     passthrough: serde_yaml::Value,
     pools: serde_yaml::Value,
@@ -90,6 +94,9 @@ fn options(file: &Path) -> Options {
         require_class: bool,
         tcp_services: Option<String>,
         udp_services: Option<String>,
+        proxy_set_headers: Option<String>,
+        add_headers: Option<String>,
+        allowed_response_headers: Vec<String>,
         node: Option<NodeFile>,
     }
     #[derive(Default, Deserialize)]
@@ -124,6 +131,11 @@ fn options(file: &Path) -> Options {
             external_ips: node.external_ips,
             ..NodeOptions::default()
         }),
+        headers: HeaderOptions {
+            proxy_set_headers: key(file.proxy_set_headers),
+            add_headers: key(file.add_headers),
+            allowed_response_headers: file.allowed_response_headers,
+        },
         ..Options::default()
     }
 }
@@ -177,6 +189,7 @@ fn output(documents: Vec<String>, desired: &Desired) -> Output {
     Output {
         documents,
         hosts: serde_yaml::to_value(&routes.hosts).unwrap(),
+        edits: serde_yaml::to_value(&routes.edits).unwrap(),
         passthrough: serde_yaml::to_value(&routes.passthrough).unwrap(),
         pools: serde_yaml::to_value(&routes.pools).unwrap(),
         listeners: match routes.listeners.is_empty() {

@@ -92,7 +92,7 @@ fn written(head: &RequestHead<'_, '_>, trusted: bool) -> Vec<u8> {
     let told = client.forwarded(|| claims(head));
     let id = RequestId::new(head.first(Field::XRequestId), &mut fastrand::Rng::with_seed(1));
     let mut out = Vec::new();
-    write_request(&mut out, head, &client, &told, &id);
+    write_request(&mut out, head, &client, &told, &id, None);
     out
 }
 
@@ -132,7 +132,7 @@ fn reframed(framing: Framing) -> Framing {
 fn delivered(head: &ResponseHead<'_, '_>) -> Vec<u8> {
     let mut out = Vec::new();
     let to = Delivery { framing: reframed(head.framing), keep_alive: true, minor: 1 };
-    write_response(&mut out, head, to, b"");
+    write_response(&mut out, head, to, b"", None);
     out
 }
 

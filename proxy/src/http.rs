@@ -9,7 +9,7 @@ use crate::certificate::Certificate;
 use crate::metrics;
 use crate::router::{CompiledAction, CompiledRule, Found, Router};
 use crate::split::{Choice, CompiledSplit};
-use crate::table::Origin;
+use crate::table::{FieldEdits, HeaderEdits, Origin};
 use crate::tls;
 use crate::view::RequestView;
 use crate::worker::Worker;
@@ -17,6 +17,7 @@ use crate::worker::Worker;
 pub(crate) mod attempts;
 pub(crate) mod chunked;
 pub(crate) mod client;
+pub(crate) mod edit;
 pub(crate) mod exchange;
 pub(crate) mod field;
 pub(crate) mod forward;
@@ -42,6 +43,17 @@ pub(crate) enum Verdict<'r> {
     Answer(Answer<'r>),
 }
 
+impl<'r> Verdict<'r> {
+    /// What is changed in the head of the answer, whoever gives it.
+    pub(crate) fn response_edits(&self) -> Option<&'r FieldEdits> {
+        let edits = match self {
+            Verdict::Forward(forward) => forward.edits,
+            Verdict::Answer(answer) => answer.edits,
+        };
+        edits.map(|edits| &edits.response)
+    }
+}
+
 /// A request for an endpoint.
 #[derive(Clone, Copy)]
 pub(crate) struct Forward<'r> {
@@ -49,6 +61,7 @@ pub(crate) struct Forward<'r> {
     pub(crate) split: &'r CompiledSplit,
     pub(crate) choice: Choice,
     pub(crate) steer: Steer,
+    pub(crate) edits: Option<&'r HeaderEdits>,
 }
 
 /// A request we answer ourselves.
@@ -58,11 +71,13 @@ pub(crate) struct Answer<'r> {
     /// 308 to the same URL on https.
     pub(crate) to_https: bool,
     pub(crate) origin: Option<&'r Arc<Origin>>,
+    pub(crate) edits: Option<&'r HeaderEdits>,
 }
 
 impl<'r> Answer<'r> {
-    fn new(status: u16, reason: &'r str) -> Answer<'r> {
-        Answer { status, reason, to_https: false, origin: None }
+    /// Where no rule is asked.
+    fn new(router: &'r Router, status: u16, reason: &'r str) -> Answer<'r> {
+        Answer { status, reason, to_https: false, origin: None, edits: router.edits() }
     }
 }
 
@@ -94,6 +109,7 @@ pub(crate) fn decide<'r>(
         if tls::is_misdirected(tls.server_name.as_deref(), certificate, host) {
             worker.metrics.rejected(metrics::Reject::Misdirected);
             return Ok(Verdict::Answer(Answer::new(
+                router,
                 421,
                 "the connection's certificate does not cover this host",
             )));
@@ -103,30 +119,31 @@ pub(crate) fn decide<'r>(
     let path = path::normalise(asked.path, &mut scratch)?;
     let rule = match router.find(host, path) {
         Found::Rule(rule) => rule,
-        Found::NoPath => return Ok(no_route(worker, "no rule for this path")),
-        Found::NoHost => return Ok(no_route(worker, "no rule for this host")),
+        Found::NoPath => return Ok(no_route(worker, router, "no rule for this path")),
+        Found::NoHost => return Ok(no_route(worker, router, "no rule for this host")),
     };
     let origin = Some(&rule.origin);
+    let edits = rule.edits.as_deref().or(router.edits());
     if rule.https_redirect && !asked.https && !path.starts_with(b"/.well-known/acme-challenge/") {
-        return Ok(Verdict::Answer(Answer { to_https: true, origin, ..Answer::new(308, "") }));
+        return Ok(Verdict::Answer(Answer { to_https: true, origin, edits, ..Answer::new(router, 308, "") }));
     }
     Ok(match &rule.action {
         CompiledAction::Respond { status, reason } => {
-            Verdict::Answer(Answer { origin, ..Answer::new(*status, reason) })
+            Verdict::Answer(Answer { origin, edits, ..Answer::new(router, *status, reason) })
         }
         CompiledAction::Forward(split) => {
             let choice = split.choose(router, view, &worker.turns);
             let Asked { method, target, https, .. } = *asked;
             let subject = Subject { view, method, target, path, host, https };
             let steer = split.steer(choice, router, &subject, &worker.turns);
-            Verdict::Forward(Forward { rule, split, choice, steer })
+            Verdict::Forward(Forward { rule, split, choice, steer, edits })
         }
     })
 }
 
-fn no_route<'r>(worker: &Worker, reason: &'static str) -> Verdict<'r> {
+fn no_route<'r>(worker: &Worker, router: &'r Router, reason: &'static str) -> Verdict<'r> {
     worker.metrics.rejected(metrics::Reject::NoRoute);
-    Verdict::Answer(Answer::new(404, reason))
+    Verdict::Answer(Answer::new(router, 404, reason))
 }
 
 /// The host of an authority as rules name it: lower case, no port, no trailing dot.

@@ -116,7 +116,7 @@ impl Limiter {
 /// that is reached. The request occupies its account until what is returned is dropped.
 pub(crate) fn admit(worker: &Worker, verdict: &mut Verdict<'_>, client: IpAddr) -> Option<Held> {
     let Verdict::Forward(forward) = verdict else { return None };
-    let rule = forward.rule;
+    let (rule, edits) = (forward.rule, forward.edits);
     let limits = rule.limits.per_client.as_deref()?;
     let reject = match worker.limiter.request(limits, client) {
         Ok(held) => return held,
@@ -128,7 +128,7 @@ pub(crate) fn admit(worker: &Worker, verdict: &mut Verdict<'_>, client: IpAddr) 
         Reject::RateLimited => (config.rate_status, "the client sends requests too fast"),
         _ => (config.requests_status, "the client has too many requests under way"),
     };
-    *verdict = Verdict::Answer(Answer { status, reason, to_https: false, origin: Some(&rule.origin) });
+    *verdict = Verdict::Answer(Answer { status, reason, to_https: false, origin: Some(&rule.origin), edits });
     None
 }
 

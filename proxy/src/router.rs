@@ -20,7 +20,9 @@ use crate::health::Checks;
 use crate::l4::ListenerStates;
 use crate::metrics::{ListenerStats, Metrics};
 use crate::split::CompiledSplit;
-use crate::table::{L4Listener, ListenerKey, Origin, Passthrough, PathMatch, RoutingTable, RuleLimits};
+use crate::table::{
+    HeaderEdits, L4Listener, ListenerKey, Origin, Passthrough, PathMatch, RoutingTable, RuleLimits,
+};
 use crate::tls::{Candidates, CertificateLookup};
 
 mod compile;
@@ -117,6 +119,8 @@ pub struct CompiledRule {
     pub https_redirect: bool,
     /// Where it differs from the process-wide limits.
     pub limits: RuleLimits,
+    /// As in the table.
+    pub edits: Option<Arc<HeaderEdits>>,
     /// What is done.
     pub action: CompiledAction,
 }
@@ -230,6 +234,11 @@ impl Router {
     /// [`RoutingTable::default_certificate`].
     pub fn certificates(&self, server_name: &str) -> Option<&[Arc<Certificate>]> {
         self.certificates.find(server_name).map(|entry| entry.value.as_slice())
+    }
+
+    /// What is changed in heads where no rule says anything of its own.
+    pub(crate) fn edits(&self) -> Option<&HeaderEdits> {
+        self.table.edits.as_deref()
     }
 
     /// What this was compiled from.

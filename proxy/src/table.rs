@@ -18,8 +18,10 @@ use crate::certificate::Certificate;
 use crate::proxy_protocol;
 use crate::resilience::Resilience;
 
+mod edits;
 mod steering;
 
+pub use edits::{Authority, FieldEdit, FieldEdits, FieldName, FieldValue, HeaderEdits, Persistence};
 pub use steering::{
     Affinity, HashBy, HealthCheck, KeyPart, NamingKey, Probe, SameSite, Session, Steering, Variable,
 };
@@ -41,6 +43,9 @@ pub struct RoutingTable {
     pub certificates: OrdMap<HostPattern, Arc<Vec<Arc<Certificate>>>>,
     /// For a client whose SNI matches nothing. `None`: a self-signed one made at start.
     pub default_certificate: Option<Arc<Certificate>>,
+    /// What is changed in heads where no rule says anything of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub edits: Option<Arc<HeaderEdits>>,
     /// TCP and UDP ports that are relayed as they are. They open and close as the table says.
     #[serde(skip_serializing_if = "OrdMap::is_empty")]
     pub listeners: OrdMap<ListenerKey, Arc<L4Listener>>,
@@ -98,6 +103,9 @@ pub struct Rule {
     /// Deadlines and limits, where they differ from the process-wide ones.
     #[serde(skip_serializing_if = "RuleLimits::is_default")]
     pub limits: RuleLimits,
+    /// What is changed in heads, [`RoutingTable::edits`] included; `None`: only those.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub edits: Option<Arc<HeaderEdits>>,
 }
 
 /// Which paths a rule matches, on the percent-decoded path with dot segments

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use lockgate_proxy::Config;
 use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
 use lockgate_proxy::table::{
-    Action, Backend, Host, HostPattern, Override, PathMatch, RoutingTable, Rule, Sticky, UpstreamProtocol,
-    When,
+    Action, Authority, Backend, FieldEdit, FieldEdits, FieldName, FieldValue, HeaderEdits, Host, HostPattern,
+    Override, PathMatch, Persistence, RoutingTable, Rule, Sticky, UpstreamProtocol, When,
 };
 
 #[path = "support/frames.rs"]
@@ -134,6 +134,8 @@ const CASES: &[Case] = &[
     case("sticky by cookie, a known user", "GET /sticky/cookie", "Cookie: version=123\r\n\r\n"),
     case("sticky by header", "GET /sticky/header", "X-User: 4711\r\n\r\n"),
     case("least request", "GET /least", "\r\n"),
+    case("headers edited", "GET /edited", BROWSER),
+    Case { status: 403, ..case("headers edited of our answer", "GET /edited/refused", "\r\n") },
     Case { status: 404, ..case("no rule", "GET /elsewhere", "Host2: x\r\n\r\n") },
     Case { status: 403, ..case("answered by a rule", "GET /refused", "\r\n") },
     Case { status: 503, ..case("no endpoint", "GET /vacant", "\r\n") },
@@ -223,6 +225,12 @@ fn canary_table() -> RoutingTable {
         rules.push(toy::rule(PathMatch::Exact(path.into()), "default/app:80"));
     }
     rules.push(toy::rule(PathMatch::Prefix("/deep/path".into()), "default/app:80"));
+    for mut rule in
+        [toy::rule(PathMatch::Prefix("/edited".into()), "default/app:80"), answer("/edited/refused", 403)]
+    {
+        rule.edits = Some(edits());
+        rules.push(rule);
+    }
     let mut secure = toy::rule(PathMatch::Prefix("/secure".into()), "default/app:80");
     secure.https_redirect = true;
     rules.push(secure);
@@ -248,6 +256,22 @@ fn split(path: &str, weights: &[u32], when: Option<When>, sticky: Option<Sticky>
     split.overrides = when.map(|when| Override { backend: 1, when }).into_iter().collect();
     split.sticky = sticky;
     rule
+}
+
+/// Some of every kind, also of what the proxy says itself.
+fn edits() -> Arc<HeaderEdits> {
+    let name = |name| FieldName::new(name).unwrap();
+    let set = |field, value| FieldEdit::Set(name(field), FieldValue::new(value).unwrap());
+    let add = |field, value| FieldEdit::Add(name(field), FieldValue::new(value).unwrap());
+    let request =
+        [set("X-Forwarded-Proto", "https"), add("X-Team", "shop"), FieldEdit::Remove(name("Accept"))];
+    let response = [set("X-Frame-Options", "DENY"), add("Vary", "X-Team"), set("Content-Type", "text/html")];
+    Arc::new(HeaderEdits {
+        host: Some(Authority::new("app.internal").unwrap()),
+        connection: Some(Persistence::KeepAlive),
+        request: FieldEdits::new(request),
+        response: FieldEdits::new(response),
+    })
 }
 
 fn log(format: Format) -> Config {

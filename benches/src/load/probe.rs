@@ -47,6 +47,22 @@ pub(crate) fn get(address: SocketAddr, host: &str, path: &str) -> Result<String>
     Ok(text)
 }
 
+/// The head of the answer to the usual request.
+pub(crate) fn head(address: SocketAddr) -> Result<String> {
+    let mut stream = connect(address)?;
+    stream.write_all(&request(HOST, PATH, true))?;
+    let (mut answer, mut buffer) = (Vec::new(), [0; 16 * 1024]);
+    loop {
+        if let Some(end) = answer.windows(4).position(|four| four == b"\r\n\r\n") {
+            return Ok(String::from_utf8_lossy(&answer[..end]).into_owned());
+        }
+        match stream.read(&mut buffer)? {
+            0 => bail!("closed after {} bytes", answer.len()),
+            read => answer.extend_from_slice(&buffer[..read]),
+        }
+    }
+}
+
 /// Sends `request` and reads an answer that must be 200 with a body of `body` bytes.
 pub(crate) fn exchange<S: Read + Write>(stream: &mut S, request: &[u8], body: usize) -> Result<()> {
     stream.write_all(request)?;

@@ -6,9 +6,9 @@ use super::loaded::{Loaded, start};
 use super::{bar, column, of};
 use crate::bench::Bench;
 use crate::load::wrk::Wrk;
-use crate::load::{h2load, handshake as client};
+use crate::load::{h2load, handshake as client, probe};
 use crate::raw::{Limit, Outcome};
-use crate::subject::{Backend, Front, Kind, Subject, Task};
+use crate::subject::{Backend, Front, Kind, RESPONSE_EDIT, Subject, Task};
 
 use Kind::{Caddy, Direct, Envoy, Haproxy, Hyper, Lockgate, Nginx, Pingora, Relay};
 
@@ -44,17 +44,27 @@ pub(super) fn keep_alive(bench: &Bench) -> Result<Outcome> {
 
 pub(super) fn full(bench: &Bench) -> Result<Outcome> {
     let hosts = bench.size(10_000);
-    let task = Task { hosts, log: true, ..Task::new(Front::Http) };
-    let title = format!("as http1, {hosts} hosts asked at random, JSON access log, metrics per route");
+    let task = Task { hosts, log: true, edits: true, ..Task::new(Front::Http) };
+    let title = format!(
+        "as http1, {hosts} hosts asked at random, JSON access log, metrics per route, two header edits"
+    );
     let kinds = [Lockgate, Nginx, Haproxy];
-    let mut this = loaded(&title, &kinds, Backend::http(BODY)?, task);
+    let mut this = loaded(&title, &kinds, Backend::expecting_edits(BODY)?, task);
     this.bars = vec![of("the same, everything on", "cpu_us", 0.85, &[Nginx])];
     this.notes = vec![
-        "Header edits are the forwarding fields that all subjects set on each request (X-Real-IP, X-Forwarded-For, \
-         -Host, -Port, -Proto, X-Request-ID); nginx and HAProxy count nothing per route."
+        "A header field is set in every request, besides the forwarding fields, and one in every response. Lockgate \
+         counts per route; nginx (without a module or Lua, which ingress-nginx uses) and HAProxy count nothing per \
+         route, so they do less."
             .to_owned(),
     ];
-    let mut outcome = this.run(bench, |subject, time, _| {
+    let mut subjects = start(bench, this.kinds, &this.backend, &this.task)?;
+    for subject in &subjects {
+        let (name, value) = RESPONSE_EDIT;
+        let head = probe::head(subject.address)?;
+        let line = format!("{name}: {value}");
+        ensure!(head.lines().any(|l| l.eq_ignore_ascii_case(&line)), "{}: no {line} in {head}", subject.name);
+    }
+    let mut outcome = this.rounds(bench, &mut subjects, |subject, time, _| {
         Wrk { hosts, prepared: hosts, ..wrk(subject) }.run(subject.address, time)
     })?;
     outcome.columns.push(column("logged", "requests logged, %", 1));

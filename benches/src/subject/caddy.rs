@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use super::{Front, HOST, Site};
 
 pub(super) fn command(site: &Site) -> Result<Command> {
-    ensure!(site.task.hosts == 1 && !site.task.log, "not set up for this scenario");
+    ensure!(site.task.hosts == 1 && !site.task.log && !site.task.edits, "not set up for this scenario");
     let file = site.write("Caddyfile", &configuration(site)?)?;
     let mut command = site.command();
     command.args(["run", "--adapter", "caddyfile", "--config"]).arg(file);

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Front, HOST, Site};
 
 pub(super) fn command(site: &Site) -> Result<Command> {
-    ensure!(site.task.hosts == 1 && !site.task.log, "not set up for this scenario");
+    ensure!(site.task.hosts == 1 && !site.task.log && !site.task.edits, "not set up for this scenario");
     let file = site.write("envoy.json", &configuration(site)?.to_string())?;
     let mut command = site.command();
     command.args(["--concurrency", "1", "--disable-hot-restart", "--log-level", "warn", "-c"]).arg(file);

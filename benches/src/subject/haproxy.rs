@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use super::{Front, HOST, Site, host};
+use super::{Front, HOST, REQUEST_EDIT, RESPONSE_EDIT, Site, host};
 
 const LOG: &str = r#"log stdout format raw local0
     log-format '{"time":%Ts.%ms,"client":"%ci","host":"%[capture.req.hdr(0)]","method":"%HM","path":"%HU","protocol":"%HV","status":%ST,"bytes":%B,"duration":%Ta,"upstream":"%si:%sp","upstream_duration":%Tr,"request_id":"%ID","user_agent":"%[capture.req.hdr(1)]"}'
@@ -46,6 +46,11 @@ listen front
     )
 }
 
+fn edits() -> String {
+    let ((name, value), (added, to)) = (REQUEST_EDIT, RESPONSE_EDIT);
+    format!("http-request set-header {name} {value}\n    http-response set-header {added} {to}")
+}
+
 fn http(site: &Site) -> Result<String> {
     let (task, address, backend) = (site.task, site.address, site.backend);
     let (bind, proto) = match task.front {
@@ -57,6 +62,7 @@ fn http(site: &Site) -> Result<String> {
         _ => (format!("{address} backlog 4096"), "http"),
     };
     let log = if task.log { LOG } else { "" };
+    let edits = if task.edits { edits() } else { String::new() };
     let mut rules = String::new();
     let mut backends = String::new();
     if task.hosts == 1 {
@@ -112,6 +118,7 @@ frontend front
     http-request set-header X-Forwarded-Host %[req.hdr(host)]
     http-request set-header X-Forwarded-Port %[dst_port]
     http-request set-header X-Forwarded-Proto {proto}
+    {edits}
 {rules}{backends}"
     ))
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use base64::Engine;
 use serde_json::json;
 
-use super::{Front, HOST, Site, free_address, host};
+use super::{Front, HOST, REQUEST_EDIT, RESPONSE_EDIT, Site, free_address, host};
 
 /// Where `/metrics` is, as told by [`command`].
 const ADMIN: &str = "admin";
@@ -47,6 +47,9 @@ pub(super) fn command(site: &Site) -> Result<Command> {
     if task.front == Front::Tcp {
         ensure!(knows(site.program, TCP_SERVICES), "{} has no {TCP_SERVICES}", site.program.display());
         command.args([TCP_SERVICES, "bench/tcp-services"]);
+    }
+    if task.edits {
+        command.args(["--proxy-set-headers", "bench/request", "--add-headers", "bench/response"]);
     }
     if task.log {
         command.args(["--access-log", "json", "--access-log-file"]).arg(site.log());
@@ -125,9 +128,24 @@ data:
             );
         }
     }
+    if task.edits {
+        text.push_str(&config_map("request", REQUEST_EDIT));
+        text.push_str(&config_map("response", RESPONSE_EDIT));
+    }
     fs::write(folder.join("rest.yaml"), text)?;
     fs::write(folder.join("bench.yaml"), ingress(HOST, &service(last), tls, ""))?;
     Ok(())
+}
+
+fn config_map(config_map: &str, (name, value): (&str, &str)) -> String {
+    format!(
+        "apiVersion: v1
+kind: ConfigMap
+metadata: {{ name: {config_map}, namespace: bench }}
+data: {{ {name}: {value} }}
+---
+"
+    )
 }
 
 /// A host with a Service of its own, as an API server writes objects.

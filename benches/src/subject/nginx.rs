@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
-use super::{Front, HOST, Site, host};
+use super::{Front, HOST, REQUEST_EDIT, RESPONSE_EDIT, Site, host};
 
 /// Fields of ingress-nginx's JSON examples and of Lockgate's lines.
 const LOG: &str = r#"log_format json escape=json '{"time":"$time_iso8601","client":"$remote_addr","host":"$host","method":"$request_method","path":"$request_uri","protocol":"$server_protocol","status":$status,"bytes":$body_bytes_sent,"duration":$request_time,"upstream":"$upstream_addr","upstream_status":"$upstream_status","upstream_duration":"$upstream_response_time","request_id":"$request_id","user_agent":"$http_user_agent","referer":"$http_referer"}';"#;
@@ -18,9 +18,15 @@ pub(super) fn command(site: &Site) -> Result<Command> {
     Ok(command)
 }
 
+fn edits() -> String {
+    let ((name, value), (added, to)) = (REQUEST_EDIT, RESPONSE_EDIT);
+    format!("proxy_set_header {name} {value};\n    add_header {added} {to} always;")
+}
+
 fn configuration(site: &Site) -> String {
     let folder = site.folder.display();
     let (log, tls, servers) = (log(site), tls(site), servers(site));
+    let edits = if site.task.edits { edits() } else { String::new() };
     format!(
         "daemon off;
 master_process off;
@@ -50,6 +56,7 @@ http {{
     proxy_set_header X-Forwarded-Port $server_port;
     proxy_set_header X-Forwarded-Proto $scheme;
     proxy_set_header X-Request-ID $request_id;
+    {edits}
     proxy_buffers 16 16k;
 {servers}}}
 "

@@ -8,7 +8,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::store::Key;
-use lockgate_proxy::table::Balance;
+use lockgate_proxy::table::{Balance, FieldName};
 
 /// A duration on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +90,14 @@ pub(super) fn parse_key(text: &str) -> Result<Key, String> {
             Ok(Key::new(namespace, name))
         }
         _ => Err("write NAMESPACE/NAME".to_owned()),
+    }
+}
+
+/// Lower case.
+pub(super) fn parse_header_name(text: &str) -> Result<String, String> {
+    match FieldName::new(text.trim()) {
+        Ok(name) => Ok(name.as_str().to_ascii_lowercase()),
+        Err(problem) => Err(format!("it {problem}")),
     }
 }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use lockgate_proxy::RoutingTable;
 use lockgate_proxy::table::{
-    Action, Backend, HostPattern, L4Listener, ListenerKey, Origin, PathMatch, PoolKey, Rule, Split, Sticky,
-    When,
+    Action, Backend, HostPattern, L4Listener, ListenerKey, Origin, PathMatch, Persistence, PoolKey, Rule,
+    Split, Sticky, When,
 };
 use serde::Serialize;
 
@@ -38,6 +38,9 @@ pub(crate) struct Route {
     pub(crate) conditions: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) sticky: Option<String>,
+    /// What is changed in heads.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) headers: Vec<String>,
 }
 
 /// One backend and how much it gets.
@@ -115,7 +118,21 @@ fn route(table: &RoutingTable, pattern: &HostPattern, rule: &Rule) -> Route {
         backends: split.map(|split| shares(table, split)).unwrap_or_default(),
         conditions: split.map(conditions).unwrap_or_default(),
         sticky: split.and_then(|split| split.sticky.as_ref()).map(sticky_text),
+        headers: headers(table, rule),
     }
+}
+
+/// What a rule changes in the heads of requests and responses, as lines.
+pub(crate) fn headers(table: &RoutingTable, rule: &Rule) -> Vec<String> {
+    let Some(edits) = rule.edits.as_ref().or(table.edits.as_ref()) else { return Vec::new() };
+    let host = edits.host.iter().map(|host| format!("request: Host {}", host.as_str()));
+    let connection = edits.connection.iter().map(|persistence| match persistence {
+        Persistence::KeepAlive => "request: Connection keep-alive".to_owned(),
+        Persistence::Close => "request: Connection close".to_owned(),
+    });
+    let request = edits.request.iter().map(|edit| format!("request: {edit}"));
+    let response = edits.response.iter().map(|edit| format!("response: {edit}"));
+    host.chain(connection).chain(request).chain(response).collect()
 }
 
 pub(crate) fn host_text(pattern: &HostPattern) -> String {

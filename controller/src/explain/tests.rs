@@ -22,7 +22,7 @@ fn split(backends: &[(&str, u32)]) -> Split {
 
 fn rule(path: PathMatch, action: Action) -> Rule {
     let origin = Arc::new(Origin { kind: "Ingress", namespace: "shop".into(), name: "web".into() });
-    Rule { path, origin, https_redirect: false, action, limits: RuleLimits::default() }
+    Rule { path, origin, https_redirect: false, action, limits: RuleLimits::default(), edits: None }
 }
 
 fn forward(path: PathMatch, backends: &[(&str, u32)]) -> Rule {

@@ -10,6 +10,7 @@ use lockgate_proxy::table::{
 
 use super::annotations::{PREFIX, field};
 use super::canary::{self, Member};
+use super::headers::Headers;
 use super::plan::{Age, Path, Place, Plan, Target};
 use super::wish::Wish;
 use crate::objects::{Notice, PortRef};
@@ -70,8 +71,8 @@ pub(super) struct Wanted {
     pub(super) steered: bool,
 }
 
-/// Merges `plans`, oldest first.
-pub(super) fn build(host: &HostPattern, plans: &[Arc<Plan>]) -> Outcome {
+/// Merges `plans`, oldest first; their headers are loaded.
+pub(super) fn build(host: &HostPattern, plans: &[Arc<Plan>], headers: &mut Headers) -> Outcome {
     let (canaries, mainlines): (Vec<_>, Vec<_>) =
         plans.iter().partition(|plan| plan.settings.canary.is_some());
     let closes = |plan: &&&Arc<Plan>| {
@@ -83,6 +84,7 @@ pub(super) fn build(host: &HostPattern, plans: &[Arc<Plan>]) -> Outcome {
     let mut builder = Builder {
         host,
         closed_by,
+        headers,
         rules: BTreeMap::new(),
         canaries: BTreeMap::new(),
         found: Found::default(),
@@ -117,6 +119,7 @@ struct Builder<'a> {
     host: &'a HostPattern,
     /// An Ingress that restricts the whole host in a way that is not implemented.
     closed_by: Option<&'a Arc<Plan>>,
+    headers: &'a mut Headers,
     rules: BTreeMap<PathMatch, Draft<'a>>,
     /// Oldest first.
     canaries: BTreeMap<PathMatch, Vec<Draft<'a>>>,
@@ -131,7 +134,7 @@ impl<'a> Builder<'a> {
     /// Why the routes of `plan` answer 503.
     fn closed(&self, plan: &Plan) -> Option<Arc<str>> {
         let closed = plan.closed.as_ref().or_else(|| self.closed_by?.closed.as_ref());
-        closed.map(|closed| closed.reason.clone())
+        closed.map(|closed| closed.reason.clone()).or_else(|| self.headers.refusal(plan))
     }
 
     /// To the Ingresses that are closed by another.
@@ -308,6 +311,7 @@ impl<'a> Builder<'a> {
         for (path, draft) in std::mem::take(&mut self.rules) {
             let canaries = self.canaries.remove(&path).unwrap_or_default();
             rules.push(Rule {
+                edits: self.headers.of_rule(draft.plan, &path, draft.target),
                 path,
                 origin: draft.plan.origin.clone(),
                 // What speaks TLS behind it does not understand HTTP in the clear.

@@ -7,6 +7,7 @@ use lockgate_proxy::table::HostPattern;
 
 use super::endpoints::toggle;
 use super::plan::{Age, Plan};
+use super::settings::headers::HeaderWish;
 use super::{Dirty, Options};
 use crate::objects::{Ingress, Notice};
 use crate::store::{Key, Store};
@@ -57,6 +58,7 @@ pub(super) struct Ingresses {
     certificates: HashMap<HostPattern, BTreeSet<Age>>,
     services: HashMap<Key, BTreeSet<Key>>,
     secrets: HashMap<Key, BTreeSet<Key>>,
+    config_maps: HashMap<Key, BTreeSet<Key>>,
     any_host: BTreeSet<Age>,
 }
 
@@ -89,6 +91,9 @@ impl Ingresses {
         for (_, service, _) in plan.services() {
             toggle(&mut self.services, service.clone(), key.clone(), present);
         }
+        if let Some(config_map) = &plan.settings.headers.custom {
+            toggle(&mut self.config_maps, config_map.clone(), key.clone(), present);
+        }
         for tls in &plan.tls {
             toggle(&mut self.secrets, tls.secret.clone(), key.clone(), present);
             if tls.any_host {
@@ -105,7 +110,8 @@ impl Ingresses {
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         let by_host = self.rules.is_empty() && self.certificates.is_empty() && self.any_host.is_empty();
-        by_host && self.plans.is_empty() && self.services.is_empty() && self.secrets.is_empty()
+        let by_object = self.services.is_empty() && self.secrets.is_empty() && self.config_maps.is_empty();
+        by_host && self.plans.is_empty() && by_object
     }
 
     pub(super) fn plan(&self, key: &Key) -> Option<&Arc<Plan>> {
@@ -137,6 +143,15 @@ impl Ingresses {
 
     pub(super) fn using_secret(&self, secret: &Key) -> impl Iterator<Item = &Key> {
         self.secrets.get(secret).into_iter().flatten()
+    }
+
+    pub(super) fn using_config_map(&self, config_map: &Key) -> impl Iterator<Item = &Key> {
+        self.config_maps.get(config_map).into_iter().flatten()
+    }
+
+    /// Those whose rules change headers on their own.
+    pub(super) fn with_headers(&self) -> impl Iterator<Item = &Arc<Plan>> {
+        self.plans.values().filter(|plan| plan.settings.headers != HeaderWish::default())
     }
 
     /// Why an Ingress without a plan is not served.

@@ -11,6 +11,7 @@ use super::resilience::resilience;
 use super::wish::Wish;
 use crate::objects::{Labels, Notice};
 
+pub(super) mod headers;
 mod per_client;
 
 /// What the annotations of one Ingress ask for.
@@ -33,6 +34,8 @@ pub(super) struct Settings {
     pub(super) steering: Option<Arc<Steering>>,
     /// On a canary: the sessions of its mainline do not count.
     pub(super) ignores_sessions: bool,
+    /// For the heads of its requests and responses.
+    pub(super) headers: headers::HeaderWish,
     /// Set on a canary Ingress.
     pub(super) canary: Option<Canary>,
 }
@@ -80,6 +83,7 @@ pub(super) fn settings(annotations: &Labels, notices: &mut Vec<Notice>) -> Setti
         wish,
         steering,
         ignores_sessions,
+        headers: reader.headers(),
         canary,
     }
 }

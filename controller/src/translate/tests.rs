@@ -22,7 +22,7 @@ const HOSTS: [&str; 6] = ["a.x", "b.x", "*.x", "", "A.x:80", "10.0.0.1"];
 const PATHS: [&str; 6] = ["/", "/a", "/a/", "/a/b", "", "a"];
 const TYPES: [&str; 4] = ["Prefix", "Exact", "ImplementationSpecific", "prefix"];
 const NAMES: [&str; 5] = ["one", "two", "three", "four", "five"];
-const ANNOTATIONS: [(&str, &str); 23] = [
+const ANNOTATIONS: [(&str, &str); 30] = [
     ("nginx.ingress.kubernetes.io/affinity", "cookie"),
     ("nginx.ingress.kubernetes.io/affinity-canary-behavior", "legacy"),
     ("nginx.ingress.kubernetes.io/upstream-hash-by", "$request_uri"),
@@ -41,6 +41,13 @@ const ANNOTATIONS: [(&str, &str); 23] = [
     ("nginx.ingress.kubernetes.io/limit-rps", "5"),
     ("nginx.ingress.kubernetes.io/ssl-passthrough", "true"),
     ("nginx.ingress.kubernetes.io/rewrite-target", "/"),
+    ("nginx.ingress.kubernetes.io/custom-headers", "n/one"),
+    ("nginx.ingress.kubernetes.io/custom-headers", "m/two"),
+    ("nginx.ingress.kubernetes.io/custom-headers", "one"),
+    ("nginx.ingress.kubernetes.io/upstream-vhost", "$service_name.internal"),
+    ("nginx.ingress.kubernetes.io/upstream-vhost", "$host"),
+    ("nginx.ingress.kubernetes.io/x-forwarded-prefix", "/app"),
+    ("nginx.ingress.kubernetes.io/connection-proxy-header", "close"),
     ("lockgate.io/canary-sticky", "cookie"),
     ("lockgate.io/request-timeout", "30s"),
     ("lockgate.io/endpoint-max-requests", "many"),
@@ -223,6 +230,11 @@ fn config_map(rng: &mut Rng) -> Object {
         let text = format!("n/{}:{}", pick(rng, &NAMES), pick(rng, &["80", "http", "81:PROXY"]));
         (port.into(), if rng.u8(..8) == 0 { "nothing".into() } else { text.into() })
     });
+    let headers = many(rng, 2, |rng| {
+        let name = pick(rng, &["X-Frame-Options", "X-Team", "Connection"]);
+        (name.into(), pick(rng, &["DENY", "", "a\nb"]).into())
+    });
+    let data = if rng.bool() { data } else { headers };
     Object::ConfigMap(ConfigMap { meta: meta(rng), data: data.into_iter().collect() })
 }
 
@@ -261,6 +273,13 @@ fn options(rng: &mut Rng) -> Options {
             udp_services: maybe(rng, 0.6, |rng| Key::new("n", pick(rng, &NAMES))),
             reserved: [9001].into(),
             ..StreamOptions::default()
+        },
+        headers: HeaderOptions {
+            proxy_set_headers: maybe(rng, 0.5, |rng| Key::new("n", pick(rng, &NAMES))),
+            add_headers: maybe(rng, 0.5, |rng| Key::new("n", pick(rng, &NAMES))),
+            allowed_response_headers: many(rng, 2, |rng| {
+                pick(rng, &["x-frame-options", "x-team"]).to_owned()
+            }),
         },
         load_balance: Balance::default(),
         node: maybe(rng, 0.7, |rng| NodeOptions {

@@ -16,6 +16,7 @@ use crate::buffer::{Buffer, Output};
 use crate::clock;
 use crate::conn::Conn;
 use crate::router::Router;
+use crate::table::{FieldEdits, HeaderEdits};
 use crate::timer::{Late, Timer};
 use crate::upstream::{InFlight, NoConnection, Peer, Upstream};
 use crate::worker::Worker;
@@ -215,9 +216,19 @@ impl Order<'_> {
         }
     }
 
+    /// What is changed in the head of the response.
+    pub(crate) fn response_edits(&self) -> Option<&FieldEdits> {
+        self.forward.edits.map(|edits| &edits.response)
+    }
+
+    /// The endpoint has been told that its connection carries no further request.
+    pub(crate) fn closes(&self) -> bool {
+        self.forward.edits.is_some_and(HeaderEdits::closes)
+    }
+
     /// Header lines to add to the answer.
     pub(crate) fn cookie_lines(&self) -> SmallVec<[u8; 256]> {
-        let Forward { rule, split, choice, steer } = &self.forward;
+        let Forward { rule, split, choice, steer, .. } = &self.forward;
         let (served, turns) = (self.answered.by.get(), &self.worker.turns);
         split.cookie_lines(*choice, steer, &rule.path, served, self.router, turns)
     }
@@ -486,7 +497,8 @@ fn interim_head(bytes: &[u8]) -> Result<(Output, usize), Failure> {
         return Err(Failure::Nonsense("malformed response head"));
     };
     let mut interim = Output::take();
-    write_response(&mut interim, &head, Delivery { framing: Framing::None, keep_alive: true, minor: 1 }, &[]);
+    let to = Delivery { framing: Framing::None, keep_alive: true, minor: 1 };
+    write_response(&mut interim, &head, to, &[], None);
     Ok((interim, head.length))
 }
 

@@ -1,7 +1,11 @@
 //! What is sent on: heads written anew from their parsed form, field by field,
 //! without what ends at this hop and with what this hop adds (RFC 9110 section 7.6).
 
+use crate::buffer::Output;
+use crate::table::{FieldEdits, HeaderEdits};
+
 use super::client::{Claims, Client, Forwarded};
+use super::edit::drops;
 use super::field::Field;
 use super::head::{Framing, RequestHead};
 use super::response::ResponseHead;
@@ -56,6 +60,26 @@ pub(crate) fn claims<'b>(head: &RequestHead<'_, 'b>) -> Claims<'b> {
     claims
 }
 
+/// Appends what endpoints are told of the client and of the request, where it is not edited away.
+/// `host` is the client's.
+pub(crate) fn write_told(
+    out: &mut Vec<u8>,
+    client: &Client,
+    forwarded: &Forwarded<'_>,
+    host: &[u8],
+    id: &RequestId,
+    edits: Option<&FieldEdits>,
+) {
+    if let Some(edits) = edits.filter(|edits| edits.replaces_ours) {
+        let mut lines = Output::take();
+        write_told(&mut lines, client, forwarded, host, id, None);
+        return edits.write_kept(out, &lines);
+    }
+    client.write_forwarded(out, forwarded);
+    let host = forwarded.claims.host.unwrap_or(host);
+    put(out, &[b"X-Forwarded-Host: ", host, b"\r\nX-Request-ID: ", id.as_bytes(), b"\r\n"]);
+}
+
 /// Writes the head of the upstream request, up to and including its empty line.
 pub(crate) fn write_request(
     out: &mut Vec<u8>,
@@ -63,11 +87,12 @@ pub(crate) fn write_request(
     client: &Client,
     forwarded: &Forwarded<'_>,
     id: &RequestId,
+    edits: Option<&HeaderEdits>,
 ) {
-    put(out, &[head.method, b" ", head.target, b" HTTP/1.1\r\nHost: ", head.host, b"\r\n"]);
-    client.write_forwarded(out, forwarded);
-    let host = forwarded.claims.host.unwrap_or(head.host);
-    put(out, &[b"X-Forwarded-Host: ", host, b"\r\nX-Request-ID: ", id.as_bytes(), b"\r\n"]);
+    let host = edits.map_or(head.host, |edits| edits.host_or(head.host));
+    let fields = edits.map(|edits| &edits.request);
+    put(out, &[head.method, b" ", head.target, b" HTTP/1.1\r\nHost: ", host, b"\r\n"]);
+    write_told(out, client, forwarded, head.host, id, fields);
     for (header, field) in head.headers.iter().zip(&*head.fields) {
         let keep = match field {
             Field::Other => !is_nominated(&head.nominated, header.name.as_bytes()),
@@ -77,13 +102,18 @@ pub(crate) fn write_request(
             Field::Te => header.value.eq_ignore_ascii_case(b"trailers"),
             _ => false,
         };
-        if keep {
+        if keep && !drops(fields, header.name.as_bytes()) {
             put(out, &[header.name.as_bytes(), b": ", header.value, b"\r\n"]);
         }
     }
+    if let Some(edits) = edits {
+        out.extend_from_slice(&edits.request.lines);
+    }
     write_framing(out, head.framing);
-    if let Some(protocol) = head.upgrade {
-        put(out, &[b"Connection: Upgrade\r\nUpgrade: ", protocol, b"\r\n"]);
+    match (head.upgrade, edits) {
+        (Some(protocol), _) => put(out, &[b"Connection: Upgrade\r\nUpgrade: ", protocol, b"\r\n"]),
+        (None, Some(edits)) => out.extend_from_slice(edits.connection_line()),
+        (None, None) => {}
     }
     out.extend_from_slice(b"\r\n");
 }
@@ -100,7 +130,13 @@ pub(crate) struct Delivery {
 }
 
 /// Writes the head of the response. `extra` are complete header lines to add.
-pub(crate) fn write_response(out: &mut Vec<u8>, head: &ResponseHead<'_, '_>, to: Delivery, extra: &[u8]) {
+pub(crate) fn write_response(
+    out: &mut Vec<u8>,
+    head: &ResponseHead<'_, '_>,
+    to: Delivery,
+    extra: &[u8],
+    edits: Option<&FieldEdits>,
+) {
     let mut status = [0; 3];
     put(out, &[b"HTTP/1.1 ", digits(head.status, &mut status), b" ", head.reason, b"\r\n"]);
     // HEAD and 304 tell the length of a body that does not follow; 1xx and 204 must not
@@ -112,9 +148,12 @@ pub(crate) fn write_response(out: &mut Vec<u8>, head: &ResponseHead<'_, '_>, to:
             Field::ContentLength => std::mem::take(&mut keep_length),
             _ => !is_nominated(&head.nominated, header.name.as_bytes()),
         };
-        if keep {
+        if keep && !drops(edits, header.name.as_bytes()) {
             put(out, &[header.name.as_bytes(), b": ", header.value, b"\r\n"]);
         }
+    }
+    if let Some(edits) = edits {
+        out.extend_from_slice(&edits.lines);
     }
     out.extend_from_slice(extra);
     write_framing(out, to.framing);

@@ -20,7 +20,7 @@ use crate::conn::Conn;
 use crate::limit::{self, Held};
 use crate::metrics;
 use crate::router::Router;
-use crate::table::UpstreamProtocol;
+use crate::table::{FieldEdits, UpstreamProtocol};
 use crate::timer::{Late, Timer};
 use crate::upstream::Peer;
 use crate::worker::{Presence, Worker};
@@ -250,10 +250,12 @@ impl Http1 {
                     | UpstreamProtocol::Https
                     | UpstreamProtocol::Tcp
                     | UpstreamProtocol::Udp => {
-                        forward::write_request(out, &head, &self.client, &forwarded, &id);
+                        forward::write_request(out, &head, &self.client, &forwarded, &id, forward.edits);
                     }
                     UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
-                        let over_h2 = over_h2::request(&head, &self.client, &forwarded, &id, protocol)?;
+                        let edits = forward.edits;
+                        let over_h2 =
+                            over_h2::request(&head, &self.client, &forwarded, &id, protocol, edits)?;
                         request = Some(Box::new(over_h2));
                     }
                 }
@@ -294,7 +296,8 @@ impl Http1 {
             let next = match &plan.verdict {
                 Verdict::Answer(answer) => {
                     let (status, reason) = (answer.status, "");
-                    self.answer(plan.shape, status, reason, out, &mut record).await
+                    let edits = plan.verdict.response_edits();
+                    self.answer(plan.shape, status, reason, edits, out, &mut record).await
                 }
                 Verdict::Forward(forward) => {
                     let worker = self.worker.clone();
@@ -328,6 +331,7 @@ impl Http1 {
         shape: Shape,
         status: u16,
         reason: &'static str,
+        edits: Option<&FieldEdits>,
         out: &mut Output,
         record: &mut Record,
     ) -> Next {
@@ -337,7 +341,7 @@ impl Http1 {
         let keep_alive = shape.keep_alive && !body_left && !self.worker.is_draining();
         let mut head = Output::take();
         let text = phrase(status);
-        write_answer(&mut head, status, text, out, connection_line(keep_alive, shape.minor));
+        write_answer(&mut head, status, text, edits, out, connection_line(keep_alive, shape.minor));
         let body: &[&[u8]; 2] = &[text.as_bytes(), b"\n"];
         let body = if shape.is_head { &[b"" as &[u8], b""] } else { body };
         record.bytes_out = body.iter().map(|b| b.len() as u64).sum();
@@ -375,7 +379,7 @@ impl Http1 {
         record.reason = reject.reason;
         let mut head = Output::take();
         let text = phrase(reject.status);
-        write_answer(&mut head, reject.status, text, &[], connection_line(false, 1));
+        write_answer(&mut head, reject.status, text, None, &[], connection_line(false, 1));
         let timeout = self.worker.config.timeouts.client;
         let parts: [&[u8]; 3] = [&head, text.as_bytes(), b"\n"];
         let sent = send(&mut self.timer, &mut self.conn, timeout, parts).await;
@@ -432,10 +436,28 @@ fn notes(head: &RequestHead<'_, '_>, id: &RequestId) -> Notes {
 }
 
 /// The head of an answer of our own; its body is `text` and a line end.
-fn write_answer(head: &mut Vec<u8>, status: u16, text: &str, extra: &[u8], connection: &[u8]) {
+fn write_answer(
+    head: &mut Vec<u8>,
+    status: u16,
+    text: &str,
+    edits: Option<&FieldEdits>,
+    extra: &[u8],
+    connection: &[u8],
+) {
     let mut room = [0; 20];
     put(head, &[b"HTTP/1.1 ", decimal(u64::from(status), &mut room), b" ", text.as_bytes(), b"\r\n"]);
-    put(head, &[b"Date: ", &clock::http_date(), b"\r\nContent-Type: text/plain\r\n", extra, connection]);
+    let date = clock::http_date();
+    let fields: [&[u8]; 4] = [b"Date: ", &date, b"\r\nContent-Type: text/plain\r\n", extra];
+    match edits {
+        None => put(head, &fields),
+        Some(edits) => {
+            let mut lines = Output::take();
+            put(&mut lines, &fields);
+            edits.write_kept(head, &lines);
+            head.extend_from_slice(&edits.lines);
+        }
+    }
+    head.extend_from_slice(connection);
     let length = text.len() as u64 + 1;
     put(head, &[b"Content-Length: ", decimal(length, &mut room), b"\r\n\r\n"]);
 }

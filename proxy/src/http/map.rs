@@ -6,13 +6,13 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
 use crate::buffer::Output;
-use crate::table::UpstreamProtocol;
+use crate::table::{HeaderEdits, UpstreamProtocol};
 use crate::view::RequestView;
 
 use super::chunked::{header_map, is_forbidden};
 use super::client::{Claims, Client, Forwarded};
 use super::field::{Field, classify};
-use super::forward::{RequestId, put};
+use super::forward::{RequestId, put, write_told};
 use super::response::{BadResponse, ResponseHead};
 
 /// Fields that HTTP/2 forbids in responses (RFC 9113 section 8.2.2).
@@ -42,19 +42,21 @@ pub(crate) fn claims(headers: &HeaderMap) -> Claims<'_> {
     }
 }
 
-/// Adds what endpoints are told of the client.
+/// Adds what endpoints are told of the client, then edits.
 pub(crate) fn add_forwarded(
     headers: &mut HeaderMap,
     client: &Client,
     forwarded: &Forwarded<'_>,
     host: &[u8],
     id: &RequestId,
+    edits: Option<&HeaderEdits>,
 ) {
     let mut lines = Output::take();
-    client.write_forwarded(&mut lines, forwarded);
-    let host = forwarded.claims.host.unwrap_or(host);
-    put(&mut lines, &[b"X-Forwarded-Host: ", host, b"\r\nX-Request-ID: ", id.as_bytes(), b"\r\n"]);
+    write_told(&mut lines, client, forwarded, host, id, None);
     headers.extend(header_map(&lines).unwrap_or_default());
+    if let Some(edits) = edits {
+        edits.request.apply(headers);
+    }
 }
 
 /// The `:scheme` an endpoint expects: that of its own connection. Some refuse

@@ -160,6 +160,7 @@ impl<'a> Patch<'a> {
             origin: rule.origin.clone(),
             https_redirect: rule.https_redirect,
             limits: rule.limits.clone(),
+            edits: rule.edits.clone(),
             action,
         }
     }

@@ -43,7 +43,14 @@ fn split(weights: &[(usize, u32)]) -> Split {
 }
 
 fn rule(path: PathMatch, action: Action) -> Rule {
-    Rule { path, origin: Arc::default(), https_redirect: false, action, limits: RuleLimits::default() }
+    Rule {
+        path,
+        origin: Arc::default(),
+        https_redirect: false,
+        action,
+        limits: RuleLimits::default(),
+        edits: None,
+    }
 }
 
 fn prefix(path: &str, weights: &[(usize, u32)]) -> Rule {

@@ -69,6 +69,7 @@ pub fn rule(path: PathMatch, pool: &str) -> Rule {
         https_redirect: false,
         action: Action::Forward(Split { backends: vec![backend], overrides: Vec::new(), sticky: None }),
         limits: RuleLimits::default(),
+        edits: None,
     }
 }
 

@@ -17,7 +17,7 @@ fn reserialised(bytes: &[u8]) -> Option<Vec<u8>> {
     let told = client.forwarded(|| claims(&head));
     let id = RequestId::new(head.first(Field::XRequestId), &mut fastrand::Rng::with_seed(1));
     let mut out = Vec::new();
-    write_request(&mut out, &head, &client, &told, &id);
+    write_request(&mut out, &head, &client, &told, &id, None);
     Some(out)
 }
 
@@ -82,7 +82,7 @@ fn delivered(text: &str, to_head: bool, to: Delivery, extra: &str) -> String {
     let mut room = HeaderRoom::new();
     let head = ResponseHead::parse(text.as_bytes(), &mut room, to_head).unwrap().unwrap();
     let mut out = Vec::new();
-    write_response(&mut out, &head, to, extra.as_bytes());
+    write_response(&mut out, &head, to, extra.as_bytes(), None);
     String::from_utf8(out).unwrap()
 }
 

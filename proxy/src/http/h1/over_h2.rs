@@ -5,6 +5,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header};
 
 use crate::buffer::Output;
 use crate::http::client::{Client, Forwarded};
+use crate::http::edit::drops;
 use crate::http::exchange::Order;
 use crate::http::field::Field;
 use crate::http::forward::{Delivery, RequestId, connection_line, put, write_framing};
@@ -13,7 +14,7 @@ use crate::http::over_h2::{Answering, Frame, next_frame};
 use crate::http::record::Record;
 use crate::http::{chunked, map};
 use crate::metrics;
-use crate::table::UpstreamProtocol;
+use crate::table::{HeaderEdits, UpstreamProtocol};
 use crate::timer::Timer;
 
 use super::relay::{FromClient, delivery};
@@ -27,6 +28,7 @@ pub(super) fn request(
     forwarded: &Forwarded<'_>,
     id: &RequestId,
     protocol: UpstreamProtocol,
+    edits: Option<&HeaderEdits>,
 ) -> Result<Request<()>, Reject> {
     let malformed = Reject { status: 400, reason: "malformed request" };
     let mut headers = HeaderMap::with_capacity(head.headers.len() + 8);
@@ -43,8 +45,9 @@ pub(super) fn request(
             headers.append(name, HeaderValue::from_bytes(header.value).map_err(|_| malformed)?);
         }
     }
-    map::add_forwarded(&mut headers, client, forwarded, head.host, id);
-    let authority = if head.host.is_empty() { b"localhost" } else { head.host };
+    map::add_forwarded(&mut headers, client, forwarded, head.host, id, edits);
+    let host = edits.map_or(head.host, |edits| edits.host_or(head.host));
+    let authority = if host.is_empty() { b"localhost" } else { host };
     let mut request = Request::new(());
     *request.method_mut() = http::Method::from_bytes(head.method).map_err(|_| malformed)?;
     *request.uri_mut() = http::Uri::builder()
@@ -70,7 +73,9 @@ impl Http1 {
         let limit = order.body_limit();
         if matches!(plan.shape.framing, Framing::Length(n) if n > limit) {
             self.worker.metrics.rejected(metrics::Reject::BodyTooLarge);
-            return self.answer(plan.shape, 413, "request body too large", out, record).await;
+            return self
+                .answer(plan.shape, 413, "request body too large", order.response_edits(), out, record)
+                .await;
         }
         let Http1 { conn, input, timer, worker, .. } = self;
         let write_timeout = worker.config.timeouts.client;
@@ -93,7 +98,7 @@ impl Http1 {
             Err(failure) => failure,
         };
         let shape = source.upload.shape_left(plan.shape);
-        self.answer_failure(shape, &failure, out, record).await
+        self.answer_failure(shape, &failure, order.response_edits(), out, record).await
     }
 }
 
@@ -171,14 +176,18 @@ fn framing(response: &Response<h2::RecvStream>, to_head: bool) -> Framing {
 }
 
 fn write_head(out: &mut Output, response: &Response<h2::RecvStream>, to: Delivery, order: &Order<'_>) {
-    let status = response.status();
+    let (status, edits) = (response.status(), order.response_edits());
     put(out, &[b"HTTP/1.1 ", status.as_str().as_bytes(), b" "]);
     put(out, &[status.canonical_reason().unwrap_or("").as_bytes(), b"\r\n"]);
     for (name, value) in response.headers() {
         let length = name == header::CONTENT_LENGTH;
-        if !map::is_connection_specific(name) && (!length || to.framing == Framing::None) {
+        let keep = !map::is_connection_specific(name) && (!length || to.framing == Framing::None);
+        if keep && !drops(edits, name.as_str().as_bytes()) {
             put(out, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
         }
+    }
+    if let Some(edits) = edits {
+        out.extend_from_slice(&edits.lines);
     }
     out.extend_from_slice(&order.cookie_lines());
     write_framing(out, to.framing);

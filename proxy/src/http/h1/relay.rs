@@ -12,6 +12,7 @@ use crate::http::head::{Framing, HeaderRoom};
 use crate::http::record::Record;
 use crate::http::response::{BadResponse, ResponseHead};
 use crate::metrics::Reject;
+use crate::table::FieldEdits;
 use crate::timer::{Late, Timer};
 use crate::upstream::Peer;
 
@@ -130,7 +131,9 @@ impl Http1 {
             {
                 out.clear();
                 self.worker.metrics.rejected(Reject::BodyTooLarge);
-                return self.answer(plan.shape, 413, "request body too large", out, record).await;
+                return self
+                    .answer(plan.shape, 413, "request body too large", order.response_edits(), out, record)
+                    .await;
             }
             let mut framing = plan.shape.framing;
             if let Framing::Length(n) = framing
@@ -166,7 +169,7 @@ impl Http1 {
                 }
             };
             let shape = source.upload.shape_left(plan.shape);
-            self.answer_failure(shape, &failure, out, record).await
+            self.answer_failure(shape, &failure, order.response_edits(), out, record).await
         }
     }
 
@@ -175,6 +178,7 @@ impl Http1 {
         &mut self,
         shape: Shape,
         failure: &Failure,
+        edits: Option<&FieldEdits>,
         out: &mut Output,
         record: &mut Record,
     ) -> Next {
@@ -186,7 +190,7 @@ impl Http1 {
             self.worker.metrics.rejected(Reject::BodyTooLarge);
         }
         out.clear();
-        self.answer(shape, status, reason, out, record).await
+        self.answer(shape, status, reason, edits, out, record).await
     }
 }
 
@@ -294,9 +298,9 @@ fn reply(
     let delivery = delivery(order, plan.shape, head.framing, source.is_done());
     let extra = order.cookie_lines();
     out.clear();
-    write_response(out, &head, delivery, &extra);
-    let reply =
-        Reply { status: head.status, framing: head.framing, delivery, reusable: head.keep_alive, switches };
+    write_response(out, &head, delivery, &extra, order.response_edits());
+    let reusable = head.keep_alive && !order.closes();
+    let reply = Reply { status: head.status, framing: head.framing, delivery, reusable, switches };
     let length = head.length;
     drop(head);
     answer.consume(length);

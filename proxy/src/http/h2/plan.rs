@@ -7,12 +7,13 @@ use smallvec::SmallVec;
 
 use crate::buffer::Output;
 use crate::http::client::{Client, Forwarded};
-use crate::http::forward::{RequestId, put, write_framing};
+use crate::http::edit::drops;
+use crate::http::forward::{RequestId, put, write_framing, write_told};
 use crate::http::head::{Framing, Reject, is_authority};
 use crate::http::{Asked, Verdict, decide, map, write_https_location};
 use crate::limit::{self, Held};
 use crate::router::Router;
-use crate::table::UpstreamProtocol;
+use crate::table::{FieldEdits, HeaderEdits, UpstreamProtocol};
 
 use super::Http2;
 use super::websocket::{self, Key};
@@ -87,11 +88,13 @@ pub(super) fn plan<'r, 'q>(
                 | UpstreamProtocol::Https
                 | UpstreamProtocol::Tcp
                 | UpstreamProtocol::Udp => {
-                    write_request(&mut plan, client, &forwarded, request, framing(request, body));
+                    let framing = framing(request, body);
+                    write_request(&mut plan, client, &forwarded, request, framing, forward.edits);
                 }
                 UpstreamProtocol::H2c | UpstreamProtocol::H2 => {
                     let scheme = map::scheme(pool.protocol);
-                    plan.request = Some(upstream_request(&plan, client, &forwarded, request, scheme)?);
+                    plan.request =
+                        Some(upstream_request(&plan, client, &forwarded, request, scheme, forward.edits)?);
                 }
             }
         }
@@ -139,6 +142,14 @@ fn require_form(request: &Request<()>, target: &str) -> Result<(), Reject> {
     Ok(())
 }
 
+fn with_authority(mut request: Request<()>, scheme: &str, authority: &[u8]) -> Result<Request<()>, Reject> {
+    let target = target(&request);
+    let uri = http::Uri::builder().scheme(scheme).authority(authority).path_and_query(target).build();
+    *request.uri_mut() = uri.map_err(|_| Reject { status: 400, reason: "malformed target" })?;
+    *request.version_mut() = http::Version::HTTP_2;
+    Ok(request)
+}
+
 /// The request for an HTTP/2 endpoint.
 fn upstream_request(
     plan: &Plan<'_>,
@@ -146,6 +157,7 @@ fn upstream_request(
     forwarded: &Forwarded<'_>,
     request: &Request<()>,
     scheme: &str,
+    edits: Option<&HeaderEdits>,
 ) -> Result<Request<()>, Reject> {
     let mut upstream = request.clone();
     let headers = upstream.headers_mut();
@@ -156,16 +168,9 @@ fn upstream_request(
     if plan.websocket.is_some() {
         websocket::remove_handshake(headers);
     }
-    map::add_forwarded(headers, client, forwarded, plan.authority, &plan.id);
-    with_authority(upstream, scheme, plan.authority)
-}
-
-fn with_authority(mut request: Request<()>, scheme: &str, authority: &[u8]) -> Result<Request<()>, Reject> {
-    let target = target(&request);
-    let uri = http::Uri::builder().scheme(scheme).authority(authority).path_and_query(target).build();
-    *request.uri_mut() = uri.map_err(|_| Reject { status: 400, reason: "malformed target" })?;
-    *request.version_mut() = http::Version::HTTP_2;
-    Ok(request)
+    map::add_forwarded(headers, client, forwarded, plan.authority, &plan.id, edits);
+    let host = edits.map_or(plan.authority, |edits| edits.host_or(plan.authority));
+    with_authority(upstream, scheme, host)
 }
 
 /// The request head for an HTTP/1 endpoint.
@@ -175,20 +180,27 @@ fn write_request(
     forwarded: &Forwarded<'_>,
     request: &Request<()>,
     framing: Framing,
+    edits: Option<&HeaderEdits>,
 ) {
+    let fields = edits.map(|edits| &edits.request);
     let Plan { head, authority, id, websocket, .. } = plan;
     let target = target(request).as_bytes();
     // RFC 8441 section 5: what is a CONNECT there is a GET in HTTP/1.
     let method = if websocket.is_some() { Method::GET.as_str() } else { request.method().as_str() };
     put(head, &[method.as_bytes(), b" ", target]);
-    put(head, &[b" HTTP/1.1\r\nHost: ", authority, b"\r\n"]);
-    client.write_forwarded(head, forwarded);
-    let host = forwarded.claims.host.unwrap_or(authority);
-    put(head, &[b"X-Forwarded-Host: ", host, b"\r\nX-Request-ID: ", id.as_bytes(), b"\r\n"]);
-    write_kept(head, request.headers());
+    let host = edits.map_or(*authority, |edits| edits.host_or(authority));
+    put(head, &[b" HTTP/1.1\r\nHost: ", host, b"\r\n"]);
+    write_told(head, client, forwarded, authority, id, fields);
+    write_kept(head, request.headers(), fields);
+    if let Some(edits) = edits {
+        head.extend_from_slice(&edits.request.lines);
+    }
     match websocket {
         Some(key) => key.write_lines(head),
-        None => write_framing(head, framing),
+        None => {
+            write_framing(head, framing);
+            head.extend_from_slice(edits.map_or(b"", HeaderEdits::connection_line));
+        }
     }
     head.extend_from_slice(b"\r\n");
 }
@@ -198,14 +210,16 @@ fn target(request: &Request<()>) -> &str {
 }
 
 /// The fields that go on to an HTTP/1 endpoint.
-fn write_kept(head: &mut Output, headers: &HeaderMap) {
+fn write_kept(head: &mut Output, headers: &HeaderMap, edits: Option<&FieldEdits>) {
     for (name, value) in headers {
         let elsewhere = [header::CONTENT_LENGTH, header::COOKIE, header::SEC_WEBSOCKET_KEY].contains(name);
-        if !elsewhere && !map::is_replaced(name) {
+        if !elsewhere && !map::is_replaced(name) && !drops(edits, name.as_str().as_bytes()) {
             put(head, &[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"]);
         }
     }
-    map::write_cookies(head, headers);
+    if !drops(edits, b"cookie") {
+        map::write_cookies(head, headers);
+    }
 }
 
 /// How the body is delimited for an HTTP/1 endpoint.

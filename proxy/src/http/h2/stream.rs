@@ -21,6 +21,7 @@ use crate::http::response::{BadResponse, ResponseHead};
 use crate::http::{Verdict, chunked, is_idempotent, map, phrase};
 use crate::metrics::{self, Breach};
 use crate::router::Router;
+use crate::table::FieldEdits;
 use crate::timer::{Late, Timer};
 use crate::upstream::Peer;
 
@@ -73,7 +74,7 @@ pub(super) async fn serve(work: Work, timer: &mut Timer) {
                 431 => metrics::Reject::HeaderTooLarge,
                 _ => metrics::Reject::BadRequest,
             });
-            stream.answer(reject.status, None).await;
+            stream.answer(reject.status, None, None).await;
             stream.finish(&request, None, b"");
         }
         Ok((verdict, mut plan)) => {
@@ -102,9 +103,10 @@ impl Stream<'_> {
         request: &Request<()>,
         body: RecvStream,
     ) -> Option<(RecvStream, Far)> {
+        let edits = verdict.response_edits();
         let forward = match verdict {
             Verdict::Answer(answer) => {
-                self.answer(answer.status, plan.location.clone()).await;
+                self.answer(answer.status, plan.location.clone(), edits).await;
                 return None;
             }
             Verdict::Forward(forward) => *forward,
@@ -121,7 +123,7 @@ impl Stream<'_> {
         if matches!(framing, Framing::Length(n) if n > limit) {
             worker.metrics.rejected(metrics::Reject::BodyTooLarge);
             self.record.reason = "request body too large";
-            self.answer(413, None).await;
+            self.answer(413, None, edits).await;
             return None;
         }
         let kept = if plan.request.is_none() { order.replay_bytes() } else { 0 };
@@ -139,7 +141,7 @@ impl Stream<'_> {
         match done {
             Ok(far) => far.map(|far| (source.into_body(), far)),
             Err(failure) => {
-                self.fail(&failure).await;
+                self.fail(&failure, edits).await;
                 None
             }
         }
@@ -186,7 +188,7 @@ impl Stream<'_> {
     }
 
     /// Tells the client of a failure: by a status while it can still be told, else by a reset.
-    async fn fail(&mut self, failure: &Failure) {
+    async fn fail(&mut self, failure: &Failure, edits: Option<&FieldEdits>) {
         let answer = failure.answer();
         let (status, reason) = answer.unwrap_or((499, "client reset the stream"));
         self.record.reason = reason;
@@ -198,13 +200,13 @@ impl Stream<'_> {
         }
         match &mut self.sending {
             Some(stream) => stream.send_reset(Reason::INTERNAL_ERROR),
-            None if answer.is_some() => self.answer(status, None).await,
+            None if answer.is_some() => self.answer(status, None, edits).await,
             None => self.record.status = status,
         }
     }
 
-    /// An answer of our own.
-    async fn answer(&mut self, status: u16, location: Option<HeaderValue>) {
+    /// An answer of our own. For gRPC nothing is edited: its fields are its status.
+    async fn answer(&mut self, status: u16, location: Option<HeaderValue>, edits: Option<&FieldEdits>) {
         self.record.status = status;
         if self.is_grpc {
             // Nobody is told if this fails: the stream is gone.
@@ -220,6 +222,9 @@ impl Stream<'_> {
         headers.insert(header::CONTENT_LENGTH, HeaderValue::from(text.len()));
         if let Some(location) = location {
             headers.insert(header::LOCATION, location);
+        }
+        if let Some(edits) = edits {
+            edits.apply(headers);
         }
         if self.send_head(response, self.is_head).is_ok() && !self.is_head {
             let _ = self.send_data(text, true, |_| Poll::Pending).await;
@@ -386,6 +391,9 @@ impl Stream<'_> {
     ) -> Result<(), Failure> {
         let status = parts.status.as_u16();
         (self.record.status, self.record.upstream_status) = (status, status);
+        if let Some(edits) = order.response_edits() {
+            edits.apply(&mut parts.headers);
+        }
         let bucket = order.cookie_lines();
         parts.headers.extend(chunked::header_map(&bucket).unwrap_or_default());
         parts.version = http::Version::HTTP_2;
@@ -507,9 +515,13 @@ fn response_of(
     if head.framing == Framing::Chunked || head.framing == Framing::Close {
         headers.remove(header::CONTENT_LENGTH);
     }
+    if let Some(edits) = order.response_edits() {
+        edits.apply(headers);
+    }
     let bucket = order.cookie_lines();
     headers.extend(chunked::header_map(&bucket).unwrap_or_default());
-    let (framing, reusable, length) = (head.framing, head.keep_alive, head.length);
+    let reusable = head.keep_alive && !order.closes();
+    let (framing, length) = (head.framing, head.length);
     drop(head);
     answer.consume(length);
     Ok((response, framing, reusable, bytes.slice(length..)))

@@ -102,6 +102,9 @@ pub(super) fn switched(
         map::response(&head, &bytes).map_err(|BadResponse(reason)| Failure::Nonsense(reason))?;
     *response.status_mut() = StatusCode::OK;
     remove_handshake(response.headers_mut());
+    if let Some(edits) = order.response_edits() {
+        edits.apply(response.headers_mut());
+    }
     let bucket = order.cookie_lines();
     response.headers_mut().extend(chunked::header_map(&bucket).unwrap_or_default());
     let length = head.length;
