@@ -14,12 +14,14 @@ use lockgate_proxy::access_log::{AccessLogConfig, Destination, Format};
 use lockgate_proxy::config::{Config, Drain, L4Options, ProxyProtocol};
 use lockgate_proxy::table::Balance;
 
+mod explain;
 mod limits;
 mod node;
 mod resilience;
 mod timeouts;
 mod values;
 
+pub use explain::ExplainArgs;
 pub use limits::LimitArgs;
 pub use node::{NodeArgs, NodeSettings, ViewArgs};
 pub use resilience::ResilienceArgs;
@@ -67,17 +69,6 @@ Examples:
 
 Exit status: 0 nothing is refused, 1 something is refused (or, with --strict, differs from
 what was written), 2 something cannot be read.";
-
-const EXPLAIN_EXAMPLES: &str = "\
-Examples:
-  lockgate explain shop.example/cart --manifests ./manifests
-  lockgate explain https://shop.example/ -H 'X-Canary: always' --manifests ./manifests
-  lockgate explain https://shop.example/ --admin 127.0.0.1:10254
-      asks the Lockgate that runs there, so the answer is about what is live.
-  lockgate explain 10.96.0.10:53/udp --client 10.1.1.5 --manifests ./manifests --hostname-override n1
-      what a Pod gets from a Service on node n1; --admin 127.0.0.1:10249 asks its node agent.
-
-Exit status: 0 a rule serves the request, 1 none does, 2 the question cannot be answered.";
 
 const DEMO_EXAMPLES: &str = "\
 Examples:
@@ -136,7 +127,7 @@ pub enum Command {
     #[command(after_help = CHECK_EXAMPLES)]
     Check(CheckArgs),
     /// Say which rule serves a request, or what a client of a Service gets, and why
-    #[command(after_help = EXPLAIN_EXAMPLES)]
+    #[command(after_help = explain::EXAMPLES)]
     Explain(ExplainArgs),
 }
 
@@ -391,36 +382,6 @@ pub struct CheckArgs {
     #[allow(missing_docs)]
     #[command(flatten)]
     pub objects: ObjectArgs,
-}
-
-/// `lockgate explain`
-#[derive(Debug, Args)]
-pub struct ExplainArgs {
-    /// What is asked for: https://host/path, or host/path for plain HTTP; ADDR:PORT[/tcp|/udp|/sctp]
-    /// with --client
-    #[arg(value_name = "URL")]
-    pub url: String,
-    /// A header of the request; may be repeated
-    #[arg(short = 'H', long = "header", value_name = "NAME: VALUE")]
-    pub headers: Vec<String>,
-    /// The request's method
-    #[arg(short = 'X', long = "request", value_name = "METHOD", default_value = "GET")]
-    pub method: String,
-    /// Answer from this folder (or file) of manifests
-    #[arg(long, value_name = "DIR", env = "LOCKGATE_MANIFESTS", required_unless_present = "admin")]
-    pub manifests: Option<PathBuf>,
-    /// Who asks: explains what the service plane does with a connection from this address
-    #[arg(long, value_name = "ADDR")]
-    pub client: Option<IpAddr>,
-    /// Answer from the Lockgate whose --admin-addr, or --metrics-bind-address, this is
-    #[arg(long, value_name = "ADDR:PORT", conflicts_with = "manifests")]
-    pub admin: Option<SocketAddr>,
-    #[allow(missing_docs)]
-    #[command(flatten)]
-    pub objects: ObjectArgs,
-    #[allow(missing_docs)]
-    #[command(flatten, next_help_heading = "With --client")]
-    pub view: ViewArgs,
 }
 
 /// `lockgate demo`

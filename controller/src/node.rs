@@ -16,8 +16,11 @@ use std::time::Duration;
 use anyhow::Context;
 use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
+use lockgate_ebpf::kernel::KernelMaps;
+use lockgate_ebpf::load;
 use lockgate_ebpf::maps::{Capacity, FakeMaps, Maps};
-use lockgate_ebpf_common::capacity;
+use lockgate_ebpf::sys::namespace;
+use lockgate_ebpf_common::{Settings, capacity};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::info;
@@ -67,11 +70,11 @@ pub async fn run(args: &NodeArgs) -> anyhow::Result<()> {
         tracing::warn!("{warning}");
     }
     if args.cleanup {
-        return cleanup();
+        return load::remove(&kernel_options(args)).context("cannot take everything out of the kernel");
     }
     match args.dry_run {
         true => serve(args, settings, imagined_maps()).await,
-        false => serve(args, settings, kernel_maps()?).await,
+        false => serve(args, settings, kernel_maps(args)?).await,
     }
 }
 
@@ -83,13 +86,19 @@ fn imagined_maps() -> FakeMaps {
 }
 
 /// The kernel's maps: loaded, pinned and attached if they are not yet.
-fn kernel_maps() -> anyhow::Result<FakeMaps> {
-    anyhow::bail!("this build cannot load its programs into the kernel yet; --dry-run shows what would be")
+fn kernel_maps(args: &NodeArgs) -> anyhow::Result<KernelMaps> {
+    // The programs are pinned: they stay when this process goes.
+    let mut maps =
+        load::load(&kernel_options(args)).context("cannot serve; --dry-run shows what would be")?.maps;
+    let (node_port_first, node_port_last) = args.service_node_port_range;
+    let node_namespace = namespace::cookie().context("cannot tell this network namespace from others")?;
+    maps.put_settings(&Settings { node_namespace, node_port_first, node_port_last, ..Settings::default() })
+        .context("cannot write the settings of the programs")?;
+    Ok(maps)
 }
 
-/// Takes everything of ours out of the kernel.
-fn cleanup() -> anyhow::Result<()> {
-    anyhow::bail!("this build puts nothing into the kernel yet: there is nothing to clean up")
+fn kernel_options(args: &NodeArgs) -> load::Options {
+    load::Options { bpffs: args.bpffs.clone(), cgroup: args.cgroup_root.clone(), ..load::Options::default() }
 }
 
 /// Everything but which maps.
@@ -205,13 +214,11 @@ impl Answering {
             "/" => Answer::text(StatusCode::OK, INDEX).into(),
             "/healthz" | "/livez" | "/readyz" => Answer::text(StatusCode::OK, "ok").into(),
             "/proxyMode" => Answer::text(StatusCode::OK, "ebpf").into(),
-            "/metrics" => Answer::new(
-                StatusCode::OK,
-                "text/plain; version=0.0.4; charset=utf-8",
-                self.shared.metrics.encode(),
-            )
-            .no_store()
-            .into(),
+            "/metrics" => {
+                let text = self.shared.metrics.encode() + &self.events().await;
+                let kind = "text/plain; version=0.0.4; charset=utf-8";
+                Answer::new(StatusCode::OK, kind, text).no_store().into()
+            }
             "/debug/services" => {
                 let of = value("service");
                 self.ask(|reply| Ask::Services(of, reply)).await
@@ -228,6 +235,15 @@ impl Answering {
             }
             _ => Answer::text(StatusCode::NOT_FOUND, INDEX).into(),
         }
+    }
+
+    /// What the programs counted, for Prometheus; nothing while the agent is busy.
+    async fn events(&self) -> String {
+        let (reply, answer) = oneshot::channel();
+        if self.asks.try_send(Ask::Events(reply)).is_err() {
+            return String::new();
+        }
+        timeout(ASK_TIMEOUT, answer).await.ok().and_then(Result::ok).unwrap_or_default()
     }
 
     async fn ask(&self, ask: impl FnOnce(oneshot::Sender<Reply>) -> Ask) -> Reply {

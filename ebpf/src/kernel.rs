@@ -16,6 +16,8 @@ use crate::sys::{
     self, Plain, Prefixed, delete_batch, dump, lookup_each_cpu, map_info, open_pin, update, update_batch,
 };
 
+mod seam;
+
 /// Every map the agent writes.
 pub struct KernelMaps {
     frontends: OwnedFd,

@@ -1,7 +1,7 @@
 //! User-space half of the service plane: the desired [`ServiceTable`], what it
 //! means ([`verdict`]), what makes it live in maps ([`Reconciler`]), and the
-//! kernel's maps and programs ([`load`]). Layouts and the update protocol:
-//! `lockgate_ebpf_common`.
+//! kernel's programs and maps ([`load`], [`kernel`]). Layouts and the update
+//! protocol: `lockgate_ebpf_common`.
 //!
 //! `unsafe` is in [`sys`] (bpf(2)) and [`shared`] (mapped arrays) alone.
 

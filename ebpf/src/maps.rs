@@ -62,6 +62,10 @@ pub trait Maps {
     fn slot(&self, index: u32) -> Slot;
     /// One element.
     fn endpoint(&self, index: u32) -> Endpoint;
+    /// What programs counted, by its name; nothing where there are no programs.
+    fn events(&self) -> Result<Vec<(&'static str, u64)>, MapError> {
+        Ok(Vec::new())
+    }
 
     /// A whole element that no frontend names.
     fn write_service(&mut self, index: u32, service: &Service) -> Result<(), MapError>;

@@ -12,6 +12,8 @@ use lockgate_ebpf_common::{
     SourceRange,
 };
 
+pub mod namespace;
+
 /// A value that the kernel may read and write as bytes.
 ///
 /// # Safety

@@ -23,7 +23,8 @@ Examples:
       With kube-proxy's own configuration. Its flags are taken, too.
 
 /healthz and /livez are on port 10256, /metrics and /debug/services on 127.0.0.1:10249.
-SIGTERM ends the process; what it wrote to the kernel goes on serving. --cleanup removes it.";
+Sockets of this node and its Pods are balanced; packets from outside are not yet. SIGTERM ends
+the process; what it wrote to the kernel goes on serving. --cleanup removes it.";
 
 /// kube-proxy's switches that have nothing to switch here.
 const SWITCHES: [&str; 9] = [
@@ -131,8 +132,24 @@ pub struct NodeArgs {
     /// changes, and /debug/services and explain show what would be
     #[arg(long)]
     pub dry_run: bool,
+    /// Where the cgroup file system (version 2) is whose sockets are balanced; found unless given
+    #[arg(long, value_name = "DIR", env = "LOCKGATE_CGROUP_ROOT")]
+    pub cgroup_root: Option<PathBuf>,
+    /// Where the bpf file system is, or is mounted: what is pinned there outlives the process
+    #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf", env = "LOCKGATE_BPFFS")]
+    pub bpffs: PathBuf,
+    /// The ports that node ports are taken from, as the API server has them
+    #[arg(
+        long,
+        value_name = "FIRST-LAST",
+        default_value = "30000-32767",
+        env = "LOCKGATE_SERVICE_NODE_PORT_RANGE"
+    )]
+    #[arg(value_parser = parse_ports)]
+    pub service_node_port_range: (u16, u16),
     /// Take everything of ours out of the kernel, and end
-    #[arg(long, conflicts_with = "dry_run")]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, conflicts_with = "dry_run")]
+    #[arg(default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
     pub cleanup: bool,
     /// A change is taken up when nothing has changed for this long (after 1s in any case)
     #[arg(long, value_name = "DURATION", default_value = "20ms", env = "LOCKGATE_DEBOUNCE")]
@@ -329,6 +346,12 @@ impl ViewArgs {
         };
         Ok(())
     }
+}
+
+fn parse_ports(text: &str) -> Result<(u16, u16), String> {
+    let ends = text.split_once('-').and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok()?)));
+    ends.filter(|(first, last)| 0 < *first && first <= last)
+        .ok_or_else(|| "write FIRST-LAST, as 30000-32767".to_owned())
 }
 
 fn parse_go_duration(text: &str) -> Result<Duration, String> {

@@ -18,6 +18,8 @@ use crate::text::Text;
 pub(crate) enum Ask {
     /// `/debug/services`, of all Services or of `namespace/name`.
     Services(Option<String>, oneshot::Sender<Reply>),
+    /// What the programs counted, as `/metrics` shows it.
+    Events(oneshot::Sender<String>),
     /// `/debug/explain`
     Explain(Question, oneshot::Sender<Reply>),
 }
@@ -34,17 +36,32 @@ impl Ask {
     /// Answers from what `agent` has now.
     pub(crate) fn answer<M: Maps>(self, agent: &Agent<M>) {
         // Who asked may have left.
-        let _ = match self {
-            Ask::Services(of, reply) => reply.send(services(agent, of.as_deref())),
+        match self {
+            Ask::Services(of, reply) => drop(reply.send(services(agent, of.as_deref()))),
+            Ask::Events(reply) => drop(reply.send(events(agent))),
             Ask::Explain(question, reply) => {
                 let mut text = Text::new(false);
                 let table = agent.reconciler().table();
                 let served = explain(&mut text, table, &question, agent.options(), &agent.snapshot().store);
                 let status = if served { StatusCode::OK } else { StatusCode::NOT_FOUND };
-                reply.send(Answer::text(status, &text.finish()).into())
+                drop(reply.send(Answer::text(status, &text.finish()).into()));
             }
-        };
+        }
     }
+}
+
+/// Totals of the kernel, which no counter of a registry can take over.
+fn events<M: Maps>(agent: &Agent<M>) -> String {
+    const NAME: &str = "lockgate_service_events_total";
+    let counted = agent.reconciler().maps().events().unwrap_or_default();
+    let mut text = match counted.is_empty() {
+        true => String::new(),
+        false => format!("# HELP {NAME} What kernel programs did\n# TYPE {NAME} counter\n"),
+    };
+    for (reason, count) in counted {
+        text += &format!("{NAME}{{reason=\"{reason}\"}} {count}\n");
+    }
+    text
 }
 
 fn services<M: Maps>(agent: &Agent<M>, of: Option<&str>) -> Reply {
