@@ -116,6 +116,9 @@ pub struct Limits {
     pub idle_upstream: usize,
     /// Endpoints tried for one request.
     pub tries: u32,
+    /// Interim (1xx) responses of endpoints that are passed on for one request; with the next one: 502.
+    /// Each of them renews the deadline for the answer.
+    pub interim_responses: u32,
     /// Concurrent streams a client may open on one HTTP/2 connection.
     pub h2_streams: u32,
     /// Streams an HTTP/2 client may reset; beyond it, and if they are more than
@@ -143,6 +146,7 @@ impl Default for Limits {
             requests_status: 503,
             idle_upstream: 256,
             tries: 3,
+            interim_responses: 64,
             h2_streams: 128,
             h2_resets: 500,
             h2_control_frames: 1_000,

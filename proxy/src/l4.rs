@@ -16,15 +16,18 @@ mod tcp;
 mod udp;
 
 use std::collections::HashMap;
-use std::rc::Rc;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::{Rc, Weak};
 
+use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::clock;
 use crate::endpoint::LiveEndpoint;
 use crate::listener::stopped;
-use crate::table::{ListenerKey, Transport};
+use crate::table::ListenerKey;
 use crate::worker::Worker;
 
 pub(crate) use open::{Command, Opener, Socket};
@@ -50,13 +53,16 @@ pub(crate) async fn serve(
                     sockets.retain(|listening| !listening.task.is_finished());
                     !sockets.is_empty()
                 });
-                let sockets = listening.entry(key).or_default();
-                let is_closing = |listening: &&Listening| *listening.closing.borrow() != Closing::No;
-                match sockets.iter().find(is_closing).filter(|_| key.transport == Transport::Udp) {
-                    // Flows of its first life still go on: they and the new ones share the old socket.
-                    Some(listening) => drop(listening.closing.send_replace(Closing::No)),
-                    None => sockets.push(Listening::new(&worker, key, socket)),
+                match Listening::new(&worker, key, socket) {
+                    Ok(new) => listening.entry(key).or_default().push(new),
+                    Err(error) => tracing::error!(%error, listener = %key, "listener failed"),
                 }
+            }
+            Some(Command::Resume(key, answer)) => {
+                let sockets = listening.get(&key).into_iter().flatten();
+                let resumed = sockets.filter_map(Listening::resume).collect();
+                // If nobody waits any more: the opener has bound another socket, and both are read.
+                let _ = answer.send(resumed);
             }
             Some(Command::Close(key)) => {
                 for listening in listening.get(&key).into_iter().flatten() {
@@ -70,6 +76,8 @@ pub(crate) async fn serve(
             }
         }
     }
+    // Whoever waits for an answer to one of them need not wait any longer.
+    drop(commands);
     for listening in listening.values().flatten() {
         listening.closing.send_replace(Closing::Drained);
     }
@@ -94,22 +102,42 @@ enum Closing {
 struct Listening {
     closing: watch::Sender<Closing>,
     task: JoinHandle<()>,
+    /// The task's. Nowhere for TCP, where what is accepted needs no listener.
+    socket: Weak<UdpSocket>,
 }
 
 impl Listening {
-    fn new(worker: &Rc<Worker>, key: ListenerKey, socket: Socket) -> Listening {
+    fn new(worker: &Rc<Worker>, key: ListenerKey, socket: Socket) -> io::Result<Listening> {
         let (closing, closed) = watch::channel(Closing::No);
         let worker = worker.clone();
-        let task = tokio::task::spawn_local(async move {
-            let result = match socket {
-                Socket::Tcp(socket) => tcp::accept(worker, key, socket, closed).await,
-                Socket::Udp(socket) => udp::serve(worker, key, socket, closed).await,
-            };
+        let said = move |result: io::Result<()>| {
             if let Err(error) = result {
                 tracing::error!(%error, listener = %key, "listener failed");
             }
-        });
-        Listening { closing, task }
+        };
+        Ok(match socket {
+            Socket::Tcp(socket) => {
+                let serving = tcp::accept(worker, key, socket, closed);
+                let task = tokio::task::spawn_local(async move { said(serving.await) });
+                Listening { closing, task, socket: Weak::new() }
+            }
+            Socket::Udp(socket) => {
+                let socket = Rc::new(UdpSocket::from_std(socket)?);
+                let weak = Rc::downgrade(&socket);
+                let serving = udp::serve(worker, key, socket, closed);
+                let task = tokio::task::spawn_local(async move { said(serving.await) });
+                Listening { closing, task, socket: weak }
+            }
+        })
+    }
+
+    /// Takes new clients again, beside the flows that still go on: a copy of the socket they share.
+    fn resume(&self) -> Option<OwnedFd> {
+        let socket = self.socket.upgrade().filter(|_| !self.task.is_finished())?;
+        let copy = socket.as_fd().try_clone_to_owned();
+        // Without a copy there is nothing to hand over, and a new socket is bound beside it: both are read.
+        self.closing.send_replace(Closing::No);
+        copy.inspect_err(|error| tracing::warn!(%error, "cannot copy a socket in use")).ok()
     }
 }
 

@@ -333,6 +333,32 @@ fn a_final_answer_instead_of_100_ends_the_connection() {
     assert_eq!(rest(&mut client), "");
 }
 
+/// Each interim answer is one more time that the endpoint may take.
+#[test]
+fn so_many_interim_answers_and_no_more() {
+    let hint = "HTTP/1.1 103 Early Hints\r\n\r\n";
+    for (hints, status) in [(64, 200), (65, 502), (10_000, 502)] {
+        let upstream = endpoint(move |mut stream| {
+            read_head(&mut stream);
+            // The proxy may hang up in the middle of it.
+            let _ = stream.write_all(hint.repeat(hints).as_bytes());
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+        });
+        let (proxy, _publisher) = proxy_to(&[upstream]);
+        let mut client = connect(proxy.http_addrs()[0]);
+        // The count is of each request.
+        for _ in 0..2 {
+            client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+            for n in 0..64 {
+                let head = read_head(&mut client);
+                assert!(head.starts_with("HTTP/1.1 103 "), "{n} of {hints}: {head}");
+            }
+            let (head, _) = read_response(&mut client);
+            assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "after {hints}: {head}");
+        }
+    }
+}
+
 #[test]
 fn interim_answers_are_not_for_http_1_0() {
     let answer = "HTTP/1.1 103 Early Hints\r\nLink: l\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";

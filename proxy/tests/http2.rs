@@ -643,6 +643,36 @@ async fn interim_answers_and_expectations_pass() {
     assert_eq!(soon(response).await.unwrap().status(), StatusCode::OK);
 }
 
+/// From an endpoint that speaks HTTP/2, whose other streams go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn so_many_interim_answers_and_no_more() {
+    let app = scripted(|_, mut connection| async move {
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            let hints: usize = request.uri().path()[1..].parse().unwrap();
+            for _ in 0..hints {
+                let hint = Response::builder().status(103).body(()).unwrap();
+                respond.send_informational(hint).unwrap();
+            }
+            answer_ok(&mut respond);
+        }
+    })
+    .await;
+    let (proxy, _publisher) = toy::start(toy::config(), toy::table(&[app], UpstreamProtocol::H2c));
+    let (mut send, connection) = h2::client::handshake(tcp(proxy.http_addrs()[0]).await).await.unwrap();
+    tokio::spawn(connection);
+    for (hints, status) in [(64, 200), (65, 502), (0, 200)] {
+        let request = Request::get(format!("http://a.example/{hints}")).body(()).unwrap();
+        let (mut response, _) = send.send_request(request, true).unwrap();
+        let mut heard = 0;
+        while let Some(interim) = soon(std::future::poll_fn(|cx| response.poll_informational(cx))).await {
+            assert_eq!(interim.unwrap().status().as_u16(), 103);
+            heard += 1;
+        }
+        assert_eq!(heard, hints.min(64));
+        assert_eq!(soon(response).await.unwrap().status().as_u16(), status, "after {hints}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_fails_no_stream() {
     let (go, wait) = tokio::sync::watch::channel(false);

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockgate_proxy::config::{Config, L4Options};
-use lockgate_proxy::table::{ListenerKey, PoolKey, Transport};
+use lockgate_proxy::handover::{UpgradeSocket, inherit};
+use lockgate_proxy::table::{ListenerKey, PoolKey, RoutingTable, Transport};
 use ports::{Gate, config, key, pool, soon, table, with};
 use tokio::net::UdpSocket;
 
@@ -243,6 +244,74 @@ async fn flows_live_on_when_their_port_leaves_the_table_and_share_it_when_it_is_
         }
     })
     .await;
+}
+
+/// A port that only this test binds.
+async fn free_port() -> ListenerKey {
+    let address = UdpSocket::bind("127.0.0.77:0").await.unwrap().local_addr().unwrap();
+    ListenerKey { transport: Transport::Udp, address }
+}
+
+/// New clients, each of which is answered: one datagram that waits where nobody reads would be missed.
+async fn answered(key: ListenerKey) -> Vec<UdpSocket> {
+    let mut clients = Vec::new();
+    for n in 0..32 {
+        let client = client(key.address).await;
+        assert!(ask(&client, &n.to_string()).await.ends_with(&format!(" {n}")));
+        clients.push(client);
+    }
+    clients
+}
+
+/// A chain of processes with more workers and fewer; in each the port leaves and comes back while
+/// flows hold its sockets. Every socket of the port is read at any time, by one or the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_that_came_back_is_handed_over_with_the_sockets_it_went_on_with() {
+    let folder = std::env::temp_dir().join(format!("lockgate-udp-upgrade-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("upgrade.sock");
+    let (endpoint, key) = (Endpoint::start("e", 1).await, free_port().await);
+    let mut table = RoutingTable::default();
+    ports::add(&mut table, key, &[endpoint.address]);
+    let linger = Duration::from_millis(100);
+    let l4 = L4Options { udp_responses: 0, udp_linger: linger, ..L4Options::default() };
+    let mut before: Option<(Gate, UpgradeSocket)> = None;
+    for workers in [1, 3, 1, 2] {
+        let socket = UpgradeSocket::prepare(&path).unwrap();
+        let config = Config { workers, ..with(l4.clone()) };
+        let starting = async {
+            let (inherited, predecessor) = inherit(&path).await.unwrap();
+            let gate = Gate::inheriting(config, table.clone(), &inherited);
+            gate.open(key).await;
+            match predecessor {
+                Some(predecessor) => predecessor.relieve(&socket).await.unwrap(),
+                None => socket.show().unwrap(),
+            }
+            gate
+        };
+        let mut gate = match before {
+            None => starting.await,
+            Some((old, shown)) => {
+                let ((), gate) = tokio::join!(shown.successor(old.proxy.estate()), starting);
+                assert!(soon(old.proxy.retire(Duration::from_secs(10))).await);
+                gate
+            }
+        };
+        let early = answered(key).await;
+        gate.table.listeners.clear();
+        gate.publish();
+        gate.state(key, |state| state.is_none()).await;
+        gate.table = table.clone();
+        gate.publish();
+        assert_eq!(gate.open(key).await, key.address);
+        let late = answered(key).await;
+        for client in early.iter().chain(&late) {
+            assert!(ask(client, "again").await.ends_with(" again"), "of {workers} workers");
+        }
+        before = Some((gate, socket));
+    }
+    drop(before);
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 /// A drain waits for answers that are on their way, and takes nothing new.

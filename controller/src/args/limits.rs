@@ -75,6 +75,7 @@ impl LimitArgs {
             h2_streams: self.max_streams,
             h2_resets: self.max_stream_resets,
             h2_control_frames: self.max_control_frames,
+            ..Limits::default()
         }
     }
 }

@@ -148,6 +148,8 @@ pub(crate) struct Order<'r> {
     /// It has no body, not even an empty one, and wants no tunnel.
     pub(crate) bodiless: bool,
     pub(crate) ends: Ends,
+    /// Interim responses there may still be.
+    interims: Cell<u32>,
     answered: Answered,
 }
 
@@ -181,7 +183,8 @@ impl<'r> Order<'r> {
         started: Instant,
     ) -> Order<'r> {
         let (ends, answered) = (Ends::of(&forward, started), Answered::default());
-        Order { worker, router, forward, idempotent, is_head, bodiless: false, ends, answered }
+        let interims = Cell::new(worker.config.limits.interim_responses);
+        Order { worker, router, forward, idempotent, is_head, bodiless: false, ends, interims, answered }
     }
 }
 
@@ -203,6 +206,14 @@ impl Order<'_> {
             self.answered.asked.set(Some((endpoint.live.id, clock::now())));
         }
         Some(self.worker.upstreams.of(&endpoint.live))
+    }
+
+    /// An endpoint has sent an interim response; counted over all attempts, as the client gets them all.
+    pub(crate) fn interim(&self) -> Result<(), Failure> {
+        let left = self.interims.get().checked_sub(1);
+        let left = left.ok_or(Failure::Nonsense("endpoint sends interim responses without end"))?;
+        self.interims.set(left);
+        Ok(())
     }
 
     /// The head of an endpoint's answer is here.
@@ -406,6 +417,7 @@ impl Order<'_> {
                     if !(100..200).contains(&status) || status == 101 {
                         return Ok(status);
                     }
+                    self.interim()?;
                     let (interim, length) = interim_head(answer.filled())?;
                     answer.consume(length);
                     if !source.interim(timer, &interim).await {

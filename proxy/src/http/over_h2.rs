@@ -188,12 +188,11 @@ impl Order<'_> {
             let failure = match waited {
                 Ok(Ok(Progress::Answer(response))) => return Ok(Answering { response, upload, lease }),
                 Ok(Ok(Progress::Moved)) => continue,
-                Ok(Ok(Progress::Interim(response))) => {
-                    if source.interim(timer, &interim_head(&response)).await {
-                        continue;
-                    }
-                    Failure::Client
-                }
+                Ok(Ok(Progress::Interim(response))) => match self.interim() {
+                    Ok(()) if source.interim(timer, &interim_head(&response)).await => continue,
+                    Ok(()) => Failure::Client,
+                    Err(failure) => failure,
+                },
                 Ok(Err(AnswerError::Stream(error))) => {
                     if !error.is_reset() {
                         lease.retire();

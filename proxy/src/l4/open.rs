@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, Socket as AnySocket, Type};
-use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use socket2::{Domain, Protocol, SockRef, Socket as AnySocket, Type};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::handover::Sockets;
 use crate::listener;
@@ -18,6 +19,9 @@ use crate::table::{ListenerKey, Transport};
 /// How long a port that could not be bound is left alone at first; doubles up to [`RETRY_MAX`].
 const RETRY: Duration = Duration::from_millis(250);
 const RETRY_MAX: Duration = Duration::from_secs(10);
+
+/// How long workers may take to say which sockets of a port they still read.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// Commands a worker may be behind with.
 const COMMANDS: usize = 64;
@@ -30,6 +34,9 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 #[derive(Debug)]
 pub(crate) enum Command {
     Open(ListenerKey, Socket),
+    /// Take new clients again on the UDP sockets of this key that flows still hold, and answer with
+    /// copies of them.
+    Resume(ListenerKey, oneshot::Sender<Vec<OwnedFd>>),
     Close(ListenerKey),
 }
 
@@ -155,15 +162,19 @@ impl Opener {
     }
 
     async fn open(&mut self, key: ListenerKey) {
-        match self.bind(key) {
+        let resumed = match key.transport {
+            Transport::Tcp => self.workers.iter().map(|_| Vec::new()).collect(),
+            Transport::Udp => self.resume(key).await,
+        };
+        match self.bind(key, &resumed) {
             Ok((address, sockets)) => {
                 self.failed.remove(&key);
                 self.open.insert(key, address);
                 self.live.metrics.listener(&key).set_open(Some(true));
                 tracing::info!(listener = %key, %address, "listener open");
-                for (worker, socket) in self.workers.iter().cycle().zip(sockets) {
+                for (worker, socket) in sockets {
                     // A worker that is gone drains: it takes no new listener, and nobody else should wait for it.
-                    if worker.send(Command::Open(key, socket)).await.is_err() {
+                    if self.workers[worker].send(Command::Open(key, socket)).await.is_err() {
                         self.named.forget(&key.to_string());
                     }
                 }
@@ -176,11 +187,42 @@ impl Opener {
                     tracing::error!(listener = %key, error = why, "cannot listen; it is tried again");
                 }
                 self.failed.insert(key, why);
+                for (worker, _) in
+                    self.workers.iter().zip(&resumed).filter(|(_, sockets)| !sockets.is_empty())
+                {
+                    let _ = worker.send(Command::Close(key)).await;
+                }
             }
         }
     }
 
-    fn bind(&self, key: ListenerKey) -> io::Result<(SocketAddr, Vec<Socket>)> {
+    /// The sockets on which each worker goes on, because flows of the port's life before hold them. A new
+    /// socket beside one would be bound for nothing: with `SO_REUSEPORT` it takes datagrams from the moment
+    /// it is, and as a copy for the next process it would do so with nobody to read them.
+    async fn resume(&self, key: ListenerKey) -> Vec<Vec<OwnedFd>> {
+        let mut answers = Vec::with_capacity(self.workers.len());
+        for worker in &self.workers {
+            let (answer, answered) = oneshot::channel();
+            // A worker that is gone has no socket, and says so by dropping the answer.
+            let _ = worker.send(Command::Resume(key, answer)).await;
+            answers.push(answered);
+        }
+        let deadline = Instant::now() + ANSWER;
+        let mut resumed = Vec::with_capacity(answers.len());
+        for answered in answers {
+            // One that answers later reads its old socket and a new one, and only the new one is handed over.
+            resumed.push(timeout_at(deadline, answered).await.ok().and_then(Result::ok).unwrap_or_default());
+        }
+        resumed
+    }
+
+    /// Where the port is, and the sockets that workers, by index, have to be given: those inherited, and a
+    /// new one for each that has neither one of them nor one that it goes on with.
+    fn bind(
+        &self,
+        key: ListenerKey,
+        resumed: &[Vec<OwnedFd>],
+    ) -> io::Result<(SocketAddr, Vec<(usize, Socket)>)> {
         let is_taken = |taken: &&SocketAddr| {
             let wide = taken.ip().is_unspecified() || key.address.ip().is_unspecified();
             taken.port() == key.address.port() && (wide || taken.ip() == key.address.ip())
@@ -192,14 +234,20 @@ impl Opener {
         }
         let name = key.to_string();
         let mut address = key.address;
+        for socket in resumed.iter().flatten() {
+            address = SockRef::from(socket).local_addr()?.as_socket().unwrap_or(address);
+            self.named.keep(&name, socket)?;
+        }
+        let mut without = (0..self.workers.len()).filter(|worker| resumed[*worker].is_empty());
         let mut sockets = Vec::new();
         // Each has a queue of its own: with fewer workers than before, some have several.
         let mut inherited = self.named.take(&name).into_iter();
         loop {
-            let inherited = inherited.next();
-            if inherited.is_none() && sockets.len() >= self.workers.len() {
+            let (inherited, worker) = (inherited.next(), without.next());
+            if inherited.is_none() && worker.is_none() {
                 return Ok((address, sockets));
             }
+            let worker = worker.unwrap_or(sockets.len() % self.workers.len());
             let socket = match key.transport {
                 Transport::Tcp => Socket::Tcp(match inherited {
                     Some(socket) => socket.into(),
@@ -219,7 +267,7 @@ impl Opener {
                     socket.local_addr().and_then(|real| self.named.keep(&name, socket).map(|()| real))
                 }
             }?;
-            sockets.push(socket);
+            sockets.push((worker, socket));
         }
     }
 }

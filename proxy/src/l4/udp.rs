@@ -53,14 +53,13 @@ thread_local! {
 pub(super) async fn serve(
     worker: Rc<Worker>,
     key: ListenerKey,
-    socket: std::net::UdpSocket,
+    socket: Rc<UdpSocket>,
     mut closing: watch::Receiver<Closing>,
 ) -> io::Result<()> {
     // Without one the listener has left the table already, and is about to be closed.
     let Some(stats) = worker.router().listener(&key).map(|listener| listener.stats.clone()) else {
         return Ok(());
     };
-    let socket = UdpSocket::from_std(socket)?;
     let flows = RefCell::new(Flows::new());
     let listener = Rc::new(Listener { worker, key, socket, stats, flows });
     let mut sweep = tokio::time::interval(SWEEP);
@@ -90,7 +89,7 @@ pub(super) async fn serve(
 struct Listener {
     worker: Rc<Worker>,
     key: ListenerKey,
-    socket: UdpSocket,
+    socket: Rc<UdpSocket>,
     stats: Arc<ListenerStats>,
     flows: RefCell<Flows<Flow>>,
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lockgate_proxy::config::{Config, Drain, L4Options};
+use lockgate_proxy::handover::Inheritance;
 use lockgate_proxy::l4::ListenerState;
 use lockgate_proxy::metrics::ListenerSlot;
 use lockgate_proxy::table::{
@@ -88,6 +89,14 @@ impl Gate {
     pub fn start(config: Config, table: RoutingTable) -> Gate {
         let (proxy, mut publisher) = Proxy::start(config).unwrap();
         publisher.publish(table.clone());
+        Gate { proxy, publisher, table }
+    }
+
+    /// As [`Gate::start`], after another process.
+    pub fn inheriting(config: Config, table: RoutingTable, inherited: &Inheritance) -> Gate {
+        let (proxy, mut publisher) = Proxy::bind(config, inherited).unwrap();
+        publisher.publish(table.clone());
+        proxy.open();
         Gate { proxy, publisher, table }
     }
 
