@@ -186,9 +186,9 @@ const FLOODS: &[Flood] = &[
     Flood {
         name: "malformed requests",
         breach: Breach::Excess,
-        // What the `h2` crate remembers of 255 streams it has reset. How many more it takes up before it
-        // counts them is a matter of how the reads fall, and with the 257th its table doubles: 119 or 160
-        // KiB were seen.
+        // What the `h2` crate keeps of streams it has reset until it writes: 328 bytes each and 312 of their
+        // RST_STREAM, in tables that grow by doubling. One read brings more or fewer than 128 of them, so
+        // 119 or 160 KiB are held, and never more than 256 places of both.
         held: 192 * KIB,
         frames: |n| frame(HEADERS, END_HEADERS | END_STREAM, 2 * n + 1, &field(b"no-pseudo-fields", b"x")),
     },
